@@ -1,0 +1,32 @@
+# The two commands a fresh clone needs; both set up everything with nothing but Python.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint types layers unit clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m apps.medical.demo
+
+test: lint types layers unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[apps,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
