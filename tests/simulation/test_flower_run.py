@@ -1,0 +1,212 @@
+"""``flwr run`` in isolation: the true outcome, the whole log, and nothing left running."""
+
+import ctypes
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpfl_flower.simulation import FlowerRunError, RunOutcome, flower_run, run_flower_app
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "tiny"
+version = "1.0.0"
+description = "Asks every node for its partition."
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41"]
+
+[tool.flwr.app]
+publisher = "dpfl"
+
+[tool.flwr.app.components]
+serverapp = "tiny.app:server"
+clientapp = "tiny.app:client"
+
+[tool.flwr.app.config]
+fail = false
+text = ""
+"""
+
+APP = """
+import time
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.query()
+def query(message, context):
+    metrics = MetricRecord({"partition": float(context.node_config["partition-id"])})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+@server.main()
+def main(grid, context):
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.1)
+    replies = grid.send_and_receive([Message(RecordDict(), node, "query") for node in nodes])
+    found = sorted(int(reply.content["metrics"]["partition"]) for reply in replies)
+    print(f"partitions {found} text {context.run_config['text']!r}")
+    if context.run_config["fail"]:
+        raise RuntimeError("planted failure")
+"""
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2): orphans of our descendants become our children
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    folder = tmp_path / "app"
+    (folder / "tiny").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    (folder / "tiny" / "__init__.py").write_text("")
+    (folder / "tiny" / "app.py").write_text(APP)
+    return folder
+
+
+def children() -> set[int]:
+    """Return the living children of this process, adopted orphans included."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture
+def nothing_left_running() -> Iterator[None]:
+    """Adopt every orphan of the test, so that one that was left running is seen."""
+    prctl = ctypes.CDLL(None).prctl
+    before = children()
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+        assert children() - before == set()
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_a_run_that_completes_says_so_and_hands_over_its_log(app: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    text = 'a "quoted" path/with = and ünïcode'
+    run = run_flower_app(
+        app,
+        num_supernodes=3,
+        log_path=tmp_path / "logs" / "run.log",
+        run_config={"text": text},
+        flwr_home=tmp_path / "home",
+        on_line=lines.append,
+        timeout_seconds=300,
+    )
+    assert run.outcome is RunOutcome.COMPLETED
+    assert run.completed
+    assert run.details == ""
+    assert f"partitions [0, 1, 2] text {text!r}" in lines
+    assert run.log_path.read_text(encoding="utf-8").splitlines() == lines
+    assert not any("\x1b" in line for line in lines)
+    assert (tmp_path / "home" / "state.db").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_a_run_that_fails_says_so_although_flwr_run_exits_0(app: Path, tmp_path: Path) -> None:
+    run = run_flower_app(
+        app,
+        num_supernodes=3,
+        log_path=tmp_path / "run.log",
+        run_config={"fail": True},
+        timeout_seconds=300,
+    )
+    assert run.outcome is RunOutcome.FAILED
+    assert not run.completed
+    assert "planted failure" in run.details
+    assert "planted failure" in run.log_path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_an_interrupted_run_is_stopped_with_all_its_workers(app: Path, tmp_path: Path) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("partitions"):  # Ray and its workers are up
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_flower_app(
+            app,
+            num_supernodes=3,
+            log_path=tmp_path / "run.log",
+            on_line=interrupt,
+            timeout_seconds=300,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_time_that_is_up_stops_the_run(app: Path, tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"did not end within 0\.5 seconds"):
+        run_flower_app(app, num_supernodes=3, log_path=tmp_path / "run.log", timeout_seconds=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_an_app_that_flower_refuses_is_an_error_with_flowers_words(
+    app: Path, tmp_path: Path
+) -> None:
+    broken = PYPROJECT.replace('serverapp = "tiny.app:server"', "")
+    (app / "pyproject.toml").write_text(broken)
+    with pytest.raises(FlowerRunError, match="serverapp"):
+        run_flower_app(app, num_supernodes=3, log_path=tmp_path / "run.log", timeout_seconds=300)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
+def test_a_port_taken_by_another_server_is_left_to_it(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(flower_run, "_free_port", lambda: server.server_port)
+    try:
+        with pytest.raises(FlowerRunError, match="SuperLink"):
+            run_flower_app(
+                app, num_supernodes=3, log_path=tmp_path / "run.log", timeout_seconds=300
+            )
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_folder_without_an_app_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"app=.* must be a folder that holds a pyproject\.toml"):
+        run_flower_app(tmp_path, num_supernodes=2, log_path=tmp_path / "run.log")
+
+
+def test_no_nodes_are_refused(app: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_supernodes=0 must be an integer >= 1"):
+        run_flower_app(app, num_supernodes=0, log_path=tmp_path / "run.log")
