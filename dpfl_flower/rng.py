@@ -114,10 +114,16 @@ class RandomSource(ABC):
         size = len(population)
         if k > size:
             raise ValueError(f"k={k!r} must be <= {size!r}, the size of the population")
+        bounds = np.arange(size, size - k, -1, dtype=np.uint64)
+        words = self.uint64(k)
+        offsets = words % bounds
+        # Words under 2^64 mod bound would favour small offsets: those are drawn again.
+        for biased in np.flatnonzero(words < (np.uint64(0) - bounds) % bounds):
+            offsets[biased] = self.below(int(bounds[biased]))
         moved: dict[int, int] = {}
         chosen = []
-        for step in range(k):
-            pick = step + self.below(size - step)
+        for step, offset in enumerate(offsets.tolist()):
+            pick = step + offset
             chosen.append(population[moved.get(pick, pick)])
             moved[pick] = moved.get(step, step)
         return chosen
