@@ -7,5 +7,15 @@ from dpfl_flower.simulation.flower_run import (
     RunOutcome,
     run_flower_app,
 )
+from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
 
-__all__ = ["FlowerRun", "FlowerRunError", "RunConfig", "RunOutcome", "run_flower_app"]
+__all__ = [
+    "Fault",
+    "FlowerRun",
+    "FlowerRunError",
+    "InProcessGrid",
+    "NodeConfig",
+    "RunConfig",
+    "RunOutcome",
+    "run_flower_app",
+]
