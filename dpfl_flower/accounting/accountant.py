@@ -1,0 +1,300 @@
+"""What a list of events costs: the one place that turns events into epsilon or delta.
+
+Each composition is priced by the tightest method that is valid for it: exactly where all of it is
+Gaussian, by pessimistic privacy loss distributions where those exist, by Rényi curves for samples
+of a fixed size. What has no valid price raises; nothing is approximated from below.
+
+>>> from dpfl_flower.accounting.events import Composed
+>>> rounds = [Composed(PoissonSampled(0.05, Gaussian(1.0)), 200)]
+>>> round(epsilon(rounds, delta=1e-5, relation="add-or-remove-one"), 4)
+4.7659
+>>> round(epsilon([Composed(Gaussian(10.0), 100)], delta=1e-5, relation="replace-one"), 3)
+9.997
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from dpfl_flower.accounting import pld, rdp
+from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_epsilon
+from dpfl_flower.accounting.events import (
+    CappedPoissonSampled,
+    Event,
+    FixedSizeSampled,
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    count_events,
+)
+from dpfl_flower.accounting.units import Relation
+from dpfl_flower.checks import non_negative, probability
+
+# Noise this small costs so much that sampling does not help: priced as if everyone took part.
+_NO_AMPLIFICATION_BELOW = 0.02
+_NO_AMPLIFICATION_ABOVE_MU = 300.0
+
+# The share of delta set aside for what samplers leave of total variation.
+RESERVED_SHARE_OF_DELTA = 1e-6
+
+
+class UnsupportedEvent(ValueError):
+    """No valid price is known for an event under a relation."""
+
+
+def epsilon(
+    events: Iterable[Event],
+    *,
+    delta: float,
+    relation: Relation | str,
+    total_variation: float = 0.0,
+) -> float:
+    """Return an epsilon such that all ``events`` together are (epsilon, delta)-DP.
+
+    Parameters
+    ----------
+    events : iterable of Event
+        In any order; each on fresh coins and fresh noise.
+    delta : float
+        Strictly between 0 and 1.
+    relation : Relation
+        How neighbouring data sets differ.
+    total_variation : float
+        An upper bound on the total variation distance between all the noise that was really drawn
+        and the exact distributions the events speak of. It costs delta, as `total_variation_delta`
+        says.
+
+    Returns
+    -------
+    float
+        >= 0; infinite where a release had no noise.
+
+    Raises
+    ------
+    UnsupportedEvent
+        If an event has no valid price under ``relation``.
+    """
+    probability(delta=delta)
+    return Price(events, Relation(relation), total_variation=total_variation).epsilon(delta)
+
+
+def delta(events: Iterable[Event], *, epsilon: float, relation: Relation | str) -> float:
+    """Return a delta such that all ``events`` together are (epsilon, delta)-DP.
+
+    Raises
+    ------
+    UnsupportedEvent
+        If an event has no valid price under ``relation``.
+    """
+    non_negative(epsilon=epsilon)
+    return Price(events, Relation(relation)).delta(epsilon)
+
+
+def total_variation_delta(total_variation: float, draws: int, *, epsilon: float) -> float:
+    """Return what inexact samplers add to delta: (1 + e^epsilon) * total_variation * draws.
+
+    If the real output is within total variation t of an (epsilon, delta)-DP one on every data set,
+    P(S) <= P*(S) + t <= e^eps Q*(S) + delta + t <= e^eps Q(S) + delta + (1 + e^eps) t.
+
+    >>> total_variation_delta(3.2e-16, 1_000_000 * 200, epsilon=8.0) > 1e-4
+    True
+    """
+    total = total_variation * draws
+    if total == 0:
+        return 0.0
+    return total * (1 + math.exp(epsilon)) if epsilon < 700 else math.inf
+
+
+def require_supported(event: Event, relation: Relation) -> None:
+    """Raise UnsupportedEvent unless ``event`` has a valid price under ``relation``."""
+    for part in count_events([event]):
+        if not (pld.supports(part, relation) or rdp.supports(part, relation)):
+            raise UnsupportedEvent(_why_unsupported(part, relation))
+
+
+class Price:
+    """The releases of a composition, sorted by how they are to be priced.
+
+    Parameters
+    ----------
+    events : iterable of Event
+        Everything that was or will be released.
+    relation : Relation
+        How neighbouring data sets differ.
+    total_variation : float
+        See `epsilon`.
+
+    Raises
+    ------
+    UnsupportedEvent
+        If an event has no valid price under ``relation``.
+    """
+
+    def __init__(
+        self, events: Iterable[Event], relation: Relation, *, total_variation: float = 0.0
+    ) -> None:
+        non_negative(total_variation=total_variation)
+        self.relation = relation
+        self.total_variation = total_variation
+        counts: dict[Event, int] = {}
+        for event, count in count_events(events).items():
+            require_supported(event, relation)
+            simple = _simplify(event)
+            counts[simple] = counts.get(simple, 0) + count
+        self.counts = counts
+        self.no_noise = any(_noise_multiplier(event) == 0 for event in counts)
+
+    def epsilon(self, delta: float, *, coarseness: int = 1) -> float:
+        """Return the smallest epsilon that is proven at ``delta``.
+
+        A ``coarseness`` above 1 makes the grid of a `gridded` price coarser: faster, and no less
+        than the truth.
+        """
+        if self.total_variation == 0:
+            return self._epsilon_exact(delta, coarseness)
+        slack = RESERVED_SHARE_OF_DELTA * delta
+        while slack < delta:
+            result = self._epsilon_exact(delta - slack, coarseness)
+            needed = total_variation_delta(self.total_variation, 1, epsilon=result)
+            if needed <= slack:
+                return result
+            slack = 1.01 * needed
+        return math.inf
+
+    def _epsilon_exact(self, delta: float, coarseness: int) -> float:
+        if not self.counts:
+            return 0.0
+        if self.no_noise:
+            return math.inf
+        renyi, rest = self._split()
+        if renyi and rest:
+            # Basic composition of two valid statements, half of delta each.
+            half = delta / 2
+            return self._epsilon_rdp(renyi, half) + self._epsilon(rest, half, coarseness)
+        if renyi:
+            return self._epsilon_rdp(renyi, delta)
+        return self._epsilon(rest, delta, coarseness)
+
+    def delta(self, epsilon: float) -> float:
+        """Return the smallest delta that is proven at ``epsilon``."""
+        if not self.counts:
+            return 0.0
+        if self.no_noise:
+            return 1.0
+        renyi, rest = self._split()
+        if renyi and rest:
+            return min(1.0, self._delta_rdp(renyi, epsilon / 2) + self._delta(rest, epsilon / 2))
+        return self._delta_rdp(renyi, epsilon) if renyi else self._delta(rest, epsilon)
+
+    def _split(self) -> tuple[Mapping[Event, int], Mapping[Event, int]]:
+        """Return what only Rényi curves can price, with all that joins it, and the rest."""
+        if not any(isinstance(event, FixedSizeSampled) for event in self.counts):
+            return {}, self.counts
+        renyi = {e: n for e, n in self.counts.items() if rdp.supports(e, self.relation)}
+        return renyi, {e: n for e, n in self.counts.items() if e not in renyi}
+
+    def _epsilon_rdp(self, counts: Mapping[Event, int], delta: float) -> float:
+        return float(rdp.compose(counts, self.relation).get_epsilon(delta))
+
+    def _delta_rdp(self, counts: Mapping[Event, int], epsilon: float) -> float:
+        return float(rdp.compose(counts, self.relation).get_delta(epsilon))
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the price comes from a grid of privacy losses, and `coarseness` matters."""
+        rest = self._split()[1]
+        return bool(rest) and not self.no_noise and not self._unsampled(rest)
+
+    def coarsest(self, target: float) -> int:
+        """Return the coarseness at which an epsilon near ``target`` is still about right."""
+        return pld.coarsest(self._split()[1], self.relation, target) if self.gridded else 1
+
+    def approximate_mu(self) -> float:
+        """Return the mu of a Gaussian that costs about as much: a first guess, and no bound."""
+        return math.inf if self.no_noise else pld.approximate_mu(self.counts, self.relation)
+
+    def _epsilon(self, counts: Mapping[Event, int], delta: float, coarseness: int) -> float:
+        if self._unsampled(counts):
+            return gaussian_epsilon(self._mu(counts), delta) + self._pure(counts)
+        if delta < pld.SMALLEST_DELTA:
+            if not all(rdp.supports(event, self.relation) for event in counts):
+                raise UnsupportedEvent(
+                    f"delta={delta!r} must be >= {pld.SMALLEST_DELTA} for {list(counts)} "
+                    f"under {self.relation}"
+                )
+            return self._epsilon_rdp(counts, delta)
+        interval = coarseness * pld.interval_for(counts, self.relation)
+        return float(pld.compose(counts, self.relation, interval).get_epsilon_for_delta(delta))
+
+    def _delta(self, counts: Mapping[Event, int], epsilon: float) -> float:
+        if self._unsampled(counts):
+            pure = self._pure(counts)
+            return gaussian_delta(self._mu(counts), epsilon - pure) if pure <= epsilon else 1.0
+        interval = pld.interval_for(counts, self.relation)
+        found = float(pld.compose(counts, self.relation, interval).get_delta_for_epsilon(epsilon))
+        return min(1.0, max(found, 0.0))
+
+    def _unsampled(self, counts: Mapping[Event, int]) -> bool:
+        """Return whether to price everything as Gaussians and pure epsilons, without coins."""
+        if all(isinstance(event, Gaussian) for event in counts):
+            return True
+        return pld.approximate_mu(counts, self.relation) > _NO_AMPLIFICATION_ABOVE_MU
+
+    def _mu(self, counts: Mapping[Event, int]) -> float:
+        """Return the mu of all Gaussian noise, as if everyone took part each time."""
+        factor = 2 if self.relation is Relation.REPLACE_ONE else 1
+        total = 0.0
+        for event, count in counts.items():
+            if not _is_laplace(event):
+                # A cap may bring another unit in when one leaves: the sum moves by two clip norms.
+                moved = 2 if isinstance(event, CappedPoissonSampled) else factor
+                total += count * (moved / _noise_multiplier(event)) ** 2
+        return math.sqrt(total)
+
+    def _pure(self, counts: Mapping[Event, int]) -> float:
+        """Return the summed pure epsilon of all Laplace noise."""
+        factor = 2 if self.relation is Relation.REPLACE_ONE else 1
+        return sum(n * factor / _noise_multiplier(e) for e, n in counts.items() if _is_laplace(e))
+
+
+def _simplify(event: Event) -> Event:
+    """Return the event without a sampling step that samples everyone, or that noise drowns in."""
+    match event:
+        case PoissonSampled(rate=rate, event=inner) if (
+            rate == 1 or 0 < _noise_multiplier(inner) < _NO_AMPLIFICATION_BELOW
+        ):
+            return inner
+        case FixedSizeSampled(population=population, cohort=cohort, event=inner) if (
+            cohort == population
+        ):
+            return inner
+        case CappedPoissonSampled() if event.cap >= event.population:
+            return _simplify(PoissonSampled(event.rate, Gaussian(event.noise_multiplier)))
+        case _:
+            return event
+
+
+def _noise_multiplier(event: Event) -> float:
+    match event:
+        case Gaussian(noise_multiplier=z) | Laplace(noise_multiplier=z):
+            return z
+        case CappedPoissonSampled(noise_multiplier=z):
+            return z
+        case PoissonSampled(event=inner) | FixedSizeSampled(event=inner):
+            return _noise_multiplier(inner)
+        case _:
+            raise UnsupportedEvent(f"{event!r} has no price")
+
+
+def _is_laplace(event: Event) -> bool:
+    return isinstance(event, Laplace) or (
+        isinstance(event, PoissonSampled) and isinstance(event.event, Laplace)
+    )
+
+
+def _why_unsupported(event: Event, relation: Relation) -> str:
+    if isinstance(event, FixedSizeSampled):
+        return (
+            f"relation={relation!r} must be {Relation.REPLACE_ONE!r} for {event!r}: "
+            "one unit more or less would change the size of a fixed-size sample"
+        )
+    return f"no valid price is known for {event!r} under relation={relation!r}"

@@ -1,0 +1,52 @@
+"""Which of several releases is the dearest, whatever it is composed with.
+
+A pair of distributions whose privacy profile delta(epsilon) lies above another's everywhere stays
+above it under composition with anything else (Zhu, Dong & Wang, arXiv 2106.08567, Theorem 10 and
+Corollary 11), so single releases priced in isolation decide.
+
+>>> from dpfl_flower.accounting.events import Gaussian
+>>> dearest([Gaussian(2.0), Gaussian(1.0)], Relation.ADD_OR_REMOVE_ONE)
+[Gaussian(noise_multiplier=1.0)]
+"""
+
+from collections.abc import Iterable, Sequence
+
+from dpfl_flower.accounting.accountant import delta
+from dpfl_flower.accounting.events import Event, FixedSizeSampled, count_events
+from dpfl_flower.accounting.units import Relation
+
+# Where profiles are compared; between and beyond these points they are taken to keep their order.
+_EPSILONS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def dearest(events: Iterable[Event], relation: Relation) -> list[Event]:
+    """Return the events that no other one dominates: one, or several that cannot be ranked.
+
+    Charging all that is returned costs at least as much as charging any one of ``events``.
+    """
+    candidates: list[tuple[Event, Sequence[float]]] = []
+    for event in dict.fromkeys(events):
+        profile = [delta([event], epsilon=epsilon, relation=relation) for epsilon in _EPSILONS]
+        if any(_dominates(other, theirs, event, profile) for other, theirs in candidates):
+            continue
+        candidates = [
+            (other, theirs)
+            for other, theirs in candidates
+            if not _dominates(event, profile, other, theirs)
+        ]
+        candidates.append((event, profile))
+    return [event for event, _ in candidates]
+
+
+def _dominates(
+    event: Event, profile: Sequence[float], other: Event, other_profile: Sequence[float]
+) -> bool:
+    """Return whether ``event`` costs at least as much as ``other`` in any company."""
+    # Fixed-size samples are priced by Rényi curves, whose bounds do not rank against others.
+    if _is_fixed_size(event) != _is_fixed_size(other):
+        return False
+    return all(a >= b for a, b in zip(profile, other_profile, strict=True))
+
+
+def _is_fixed_size(event: Event) -> bool:
+    return any(isinstance(part, FixedSizeSampled) for part in count_events([event]))
