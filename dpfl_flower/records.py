@@ -6,6 +6,13 @@ ARRAYS: Final = "arrays"
 METRICS: Final = "metrics"
 CONFIG: Final = "config"
 PRIVACY: Final = "privacy"
+PROPERTIES: Final = "properties"
 
 NUM_EXAMPLES: Final = "num-examples"
+LOSS: Final = "loss"
 SERVER_ROUND: Final = "server-round"
+
+# Keys of a node's own config (``flower-supernode --node-config``).
+LEDGER_PATH: Final = "ledger-path"
+MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"
+MAX_EPSILON: Final = "max-epsilon"

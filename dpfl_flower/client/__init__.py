@@ -1,1 +1,33 @@
-"""TODO"""
+"""Clients: a NumPyClient for the Message API, and one that trains with DP-SGD."""
+
+from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
+from dpfl_flower.client.dp_sgd_config import DPSGDConfig
+from dpfl_flower.client.errors import (
+    NODE_LOGGER,
+    ModelRefused,
+    NodeError,
+    NodeErrorCode,
+    guard_mod,
+    guarded,
+)
+from dpfl_flower.client.node_ledger import NodeLedger
+from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
+from dpfl_flower.client.per_example import GradSampleMode
+from dpfl_flower.client.policy import NodePolicy
+
+__all__ = [
+    "NODE_LOGGER",
+    "ClaimsPrivacy",
+    "DPSGDClient",
+    "DPSGDConfig",
+    "GradSampleMode",
+    "ModelRefused",
+    "NodeError",
+    "NodeErrorCode",
+    "NodeLedger",
+    "NodePolicy",
+    "OptimizerFactory",
+    "guard_mod",
+    "guarded",
+    "numpy_client_app",
+]

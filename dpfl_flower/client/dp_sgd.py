@@ -1,0 +1,257 @@
+"""DP-SGD on a node: every record's gradient is clipped, every step noised and charged.
+
+>>> records = TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
+>>> client = DPSGDClient(
+...     nn.Linear(3, 1),
+...     records,
+...     config=DPSGDConfig(
+...         sampling_rate=0.5, steps_per_round=2, planned_rounds=10, clip_norm=1.0,
+...         expected_batch_size=20, delta=1e-3, noise_multiplier=2.0,
+...     ),
+...     loss_fn=nn.MSELoss(reduction="none"),
+...     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+...     ledger=NodeLedger("demo"),
+... )
+>>> arrays, weight, metrics = client.fit(client.get_parameters({}), {})
+>>> [array.shape for array in arrays], weight, metrics
+([(1, 3), (1,)], 1, {})
+>>> client.privacy_claim()["durable"]
+False
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord
+from flwr.client import NumPyClient
+from flwr.common import Config, NDArrays, Scalar
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
+from dpfl_flower.client.dp_sgd_config import DPSGDConfig
+from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.client.node_ledger import NodeLedger, claim
+from dpfl_flower.client.per_example import LossFunction, PerExampleClipper, per_example_clipper
+from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.separable import require_separable, require_trainable, unchanged_buffers
+from dpfl_flower.rng import RandomSource, secure
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+__all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
+
+
+class DPSGDClient(NumPyClient):
+    """Trains on a node's records with DP-SGD; its answers are private already.
+
+    Each of ``steps_per_round`` steps takes every record by its own coin, sums the clipped gradients
+    of the sample (which may be empty), adds Gaussian noise, divides by the public
+    ``expected_batch_size`` and takes one step of ``optimizer``. All steps of a round are charged to
+    the node's ledger before the first one; a round that fails afterwards stays charged. What the
+    server sends beside the arrays is not read.
+
+    An answer holds the model's arrays and the public ``weight``, and no metric: a training loss
+    would be the one un-noised number in it. ``evaluate`` is left to subclasses: what it returns
+    about a node's records is not private.
+
+    Coins and noise come from `dpfl_flower.rng`, which no seed of torch, numpy or random moves. The
+    noise is floating-point, which is good enough only because local steps are not released one by
+    one: what leaves is the model after all of them. It is added in float64, of which a float32
+    parameter keeps the leading half.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Arrays travel in the order of its ``state_dict``. Frozen parameters stay as the server sent
+        them. It is trained in place.
+    dataset : Dataset
+        Map-style. An item is ``(*inputs, target)``, tensors or numbers; a `TensorDataset` is
+        indexed as a whole. An item may depend on its own record only, and on public constants.
+    config : DPSGDConfig
+        The public constants.
+    loss_fn : Callable[[outputs, targets], Tensor]
+        One loss per record (``reduction="none"``).
+    optimizer : Callable[[Iterable[Parameter]], Optimizer]
+        Builds the optimizer over the trainable parameters, anew in each round.
+    ledger : NodeLedger
+        Where the steps are charged.
+    policy : NodePolicy, optional
+        What the node agrees to; see `NodePolicy.from_node_config`.
+    device : torch.device or str, optional
+        Default: ``cuda`` where there is one, else ``cpu``.
+    rng : RandomSource, optional
+        A source that does not protect (a seeded one) is charged as no noise at all.
+
+    Raises
+    ------
+    ModelRefused
+        If the model cannot be trained record by record; see `require_trainable`.
+    ValueError
+        If a ``target_epsilon`` is to be met with a seeded ``rng``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        *,
+        config: DPSGDConfig,
+        loss_fn: LossFunction,
+        optimizer: OptimizerFactory,
+        ledger: NodeLedger,
+        policy: NodePolicy | None = None,
+        device: torch.device | str | None = None,
+        rng: RandomSource | None = None,
+    ) -> None:
+        require_trainable(model)
+        self._rng = secure() if rng is None else rng
+        if config.target_epsilon is not None and not self._rng.protects:
+            raise ValueError(
+                f"target_epsilon={config.target_epsilon!r} needs noise that nobody can reproduce, "
+                "not a seeded rng"
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._model = model.to(self._device)
+        self._dataset = dataset
+        self._config = config
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._ledger = ledger
+        self._policy = NodePolicy() if policy is None else policy
+        self._claim: ConfigRecord | None = None
+        self._separable = False
+
+    def get_parameters(self, config: Config) -> NDArrays:
+        """Return the model's arrays: as they were built, received or privately trained."""
+        return [_to_numpy(tensor) for tensor in self._model.state_dict().values()]
+
+    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, dict[str, Scalar]]:
+        """Charge a round, train it from ``parameters``, and return the arrays and the weight.
+
+        Raises
+        ------
+        NodeError
+            MALFORMED_REQUEST where the arrays are not the model's, POLICY_REFUSED,
+            BUDGET_EXHAUSTED, LEDGER_REFUSED or MODEL_REFUSED; nothing is trained then.
+        """
+        self._claim = None
+        self._load(parameters)
+        self._check_model()
+        noise_multiplier = self._config.resolve_noise_multiplier()
+        self._claim = self._charge(noise_multiplier)
+        self._train(noise_multiplier)
+        return self.get_parameters(config), self._config.weight, {}
+
+    def privacy_claim(self) -> ConfigRecord | None:
+        """Return what the data set has spent up to the last answer; see `node_ledger.claim`."""
+        return self._claim
+
+    def _load(self, parameters: NDArrays) -> None:
+        tensors = self._model.state_dict()
+        arrays = [np.asarray(array) for array in parameters]
+        expected = [tuple(tensor.shape) for tensor in tensors.values()]
+        if [array.shape for array in arrays] != expected:
+            raise NodeError(
+                NodeErrorCode.MALFORMED_REQUEST,
+                f"the model's arrays {list(tensors)} have the shapes {expected}, "
+                f"not {[array.shape for array in arrays]}",
+            )
+        with torch.no_grad():
+            for tensor, array in zip(tensors.values(), arrays, strict=True):
+                tensor.copy_(torch.tensor(array))
+
+    def _check_model(self) -> None:
+        if self._separable or not len(cast(Sized, self._dataset)):
+            return
+        example = [tensor.to(self._device) for tensor in self._gather([0])]
+        require_separable(self._model, self._loss_fn, example, mode=self._config.grad_sample_mode)
+        self._separable = True
+
+    def _charge(self, noise_multiplier: float) -> ConfigRecord:
+        config, run = self._config, self._ledger.run
+        # Noise that a seed reproduces can be subtracted: it is charged as none.
+        charged = noise_multiplier if self._rng.protects else 0.0
+        step = config.event(charged)
+        with self._ledger.open(
+            delta=config.delta,
+            unit=PrivacyUnit.EXAMPLE,
+            relation=config.relation,
+            budget=config.budget,
+        ) as ledger:
+            spent_after = 0.0
+            if self._policy.max_epsilon is not None:
+                spent_after = epsilon(
+                    [*ledger.events(), Composed(step, config.steps_per_round)],
+                    delta=ledger.delta,
+                    relation=ledger.relation,
+                )
+            self._policy.check(noise_multiplier=charged, epsilon=spent_after)
+            ledger.plan(run, step, config.planned_steps, max_charge=config.steps_per_round)
+            ledger.charge(run, config.steps_per_round)
+            return claim(ledger)
+
+    def _train(self, noise_multiplier: float) -> None:
+        config = self._config
+        self._model.train()
+        with (
+            unchanged_buffers(self._model),
+            per_example_clipper(
+                self._model,
+                self._loss_fn,
+                clip_norm=config.clip_norm,
+                mode=config.grad_sample_mode,
+            ) as clipper,
+        ):
+            optimizer = self._optimizer(clipper.parameters)
+            for _ in range(config.steps_per_round):
+                noisy = self._noised(
+                    self._clipped_sum(clipper), noise_multiplier * config.clip_norm
+                )
+                for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
+                    parameter.grad = (gradient / config.expected_batch_size).to(parameter.dtype)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    def _clipped_sum(self, clipper: PerExampleClipper) -> list[Tensor]:
+        total = clipper.zeros()
+        for indices in self._sample():
+            batch = [tensor.to(self._device) for tensor in self._gather(indices)]
+            for so_far, part in zip(total, clipper.clipped_sum(batch), strict=True):
+                so_far.add_(part)
+        return total
+
+    def _sample(self) -> Iterator[Sequence[int]]:
+        coins = self._rng.coins(self._config.sampling_rate, len(cast(Sized, self._dataset)))
+        chosen = np.flatnonzero(coins)
+        size = self._config.max_physical_batch_size
+        for start in range(0, len(chosen), size):
+            yield chosen[start : start + size].tolist()
+
+    def _gather(self, indices: Sequence[int]) -> Sequence[Tensor]:
+        if isinstance(self._dataset, TensorDataset):
+            return [tensor[indices] for tensor in self._dataset.tensors]
+        items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
+        return items
+
+    def _noised(self, total: Sequence[Tensor], stddev: float) -> list[Tensor]:
+        if stddev == 0:
+            return list(total)
+        noise = torch.from_numpy(self._rng.gaussian(sum(t.numel() for t in total)) * stddev)
+        parts = torch.split(noise, [tensor.numel() for tensor in total])
+        return [
+            tensor.double() + part.to(tensor.device).reshape(tensor.shape)
+            for tensor, part in zip(total, parts, strict=True)
+        ]
+
+
+def _to_numpy(tensor: Tensor) -> Any:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype is torch.bfloat16:  # numpy has none
+        tensor = tensor.float()
+    return tensor.numpy().copy()

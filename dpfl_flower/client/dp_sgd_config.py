@@ -1,0 +1,139 @@
+"""What DP-SGD on a node is configured with: public constants only.
+
+Nothing here may be derived from the records: a rate, a normaliser or a weight computed from their
+number would tell it.
+
+>>> config = DPSGDConfig(
+...     sampling_rate=0.1, steps_per_round=5, planned_rounds=40, clip_norm=1.0,
+...     expected_batch_size=20, delta=1e-4, noise_multiplier=1.2,
+... )
+>>> config.planned_steps, config.event(config.resolve_noise_multiplier())
+(200, PoissonSampled(rate=0.1, event=Gaussian(noise_multiplier=1.2)))
+"""
+
+import functools
+from dataclasses import dataclass
+
+from dpfl_flower import checks
+from dpfl_flower.accounting import (
+    Composed,
+    Event,
+    Gaussian,
+    PoissonSampled,
+    PrivacyBudget,
+    PrivacyUnit,
+    Relation,
+    calibrate_event,
+)
+from dpfl_flower.client.per_example import GradSampleMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGDConfig:
+    """The public configuration of DP-SGD (Abadi et al., arXiv 1607.00133, Algorithm 1).
+
+    Parameters
+    ----------
+    sampling_rate : float
+        Each step takes every record by its own coin of this probability. 1.0: all records in every
+        step, without amplification.
+    steps_per_round : int
+        Local steps between two answers.
+    planned_rounds : int
+        The rounds that one run may ask for; the node refuses more.
+    clip_norm : float
+        The L2 norm that bounds each record's gradient, over all trainable parameters.
+    expected_batch_size : float
+        What the noisy sum is divided by: a public guess of ``sampling_rate`` times the number of
+        records, the same whatever their number is.
+    delta : float
+        Below ``sampling_rate / expected_batch_size``, one over the public number of records.
+    noise_multiplier : float, optional
+        The noise's standard deviation in units of ``clip_norm``. Either this or:
+    target_epsilon : float, optional
+        What ``planned_rounds`` rounds may cost. It is also the budget of the data set: charges of
+        earlier runs in the node's ledger count, and past it the node refuses.
+    relation : Relation
+        How neighbouring data sets differ in one record.
+    weight : int
+        The public ``num-examples`` of every answer.
+    grad_sample_mode : GradSampleMode
+        How Opacus bounds gradients: ``hooks`` or ``ghost``.
+    max_physical_batch_size : int
+        The most records in memory at once; a larger sample is summed in parts.
+
+    Raises
+    ------
+    ValueError
+        With the name, the value and the bound of what is out of bounds.
+    """
+
+    sampling_rate: float
+    steps_per_round: int
+    planned_rounds: int
+    clip_norm: float
+    expected_batch_size: float
+    delta: float
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    weight: int = 1
+    grad_sample_mode: GradSampleMode = GradSampleMode.HOOKS
+    max_physical_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        checks.fraction(sampling_rate=self.sampling_rate)
+        checks.positive_int(
+            steps_per_round=self.steps_per_round,
+            planned_rounds=self.planned_rounds,
+            weight=self.weight,
+            max_physical_batch_size=self.max_physical_batch_size,
+        )
+        checks.positive(clip_norm=self.clip_norm, expected_batch_size=self.expected_batch_size)
+        checks.probability(delta=self.delta)
+        if not self.delta * self.expected_batch_size < self.sampling_rate:
+            raise ValueError(
+                f"delta={self.delta!r} must be < {self.sampling_rate / self.expected_batch_size:g} "
+                "= sampling_rate/expected_batch_size, one over the public number of records"
+            )
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier!r} and "
+                f"target_epsilon={self.target_epsilon!r}: one of them must be given, not both"
+            )
+        if self.noise_multiplier is not None:
+            checks.non_negative(noise_multiplier=self.noise_multiplier)
+        else:
+            checks.positive(target_epsilon=self.target_epsilon)
+        object.__setattr__(self, "relation", Relation(self.relation))
+        object.__setattr__(self, "grad_sample_mode", GradSampleMode(self.grad_sample_mode))
+
+    @property
+    def planned_steps(self) -> int:
+        """The steps of a whole run, each one release in the ledger."""
+        return self.planned_rounds * self.steps_per_round
+
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """The budget of the data set, None where only the noise is given."""
+        if self.target_epsilon is None:
+            return None
+        return PrivacyBudget(self.target_epsilon, self.delta, PrivacyUnit.EXAMPLE, self.relation)
+
+    def event(self, noise_multiplier: float) -> Event:
+        """Return one step as the ledger knows it."""
+        release = Gaussian(noise_multiplier)
+        return release if self.sampling_rate == 1 else PoissonSampled(self.sampling_rate, release)
+
+    def resolve_noise_multiplier(self) -> float:
+        """Return the noise multiplier, calibrated to ``target_epsilon`` where that was given."""
+        return _noise_multiplier(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _noise_multiplier(config: DPSGDConfig) -> float:
+    budget = config.budget
+    if budget is None:
+        assert config.noise_multiplier is not None
+        return float(config.noise_multiplier)
+    return calibrate_event(lambda z: Composed(config.event(z), config.planned_steps), budget)

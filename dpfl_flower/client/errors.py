@@ -1,0 +1,122 @@
+"""What a node answers when it cannot or will not do what it was asked.
+
+An exception may quote a record, and Flower would send its text to the server. So a node answers
+with a number and a sentence that were fixed before it saw any data; the details stay in its own
+log, under the logger ``dpfl_flower.node``.
+
+>>> NodeErrorCode.BUDGET_EXHAUSTED.to_error()
+Error(code=111, reason='BUDGET_EXHAUSTED: the privacy budget of this data set is spent.')
+"""
+
+import functools
+import logging
+from enum import IntEnum
+from typing import Final
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp.typing import ClientAppCallable
+
+NODE_LOGGER: Final = "dpfl_flower.node"
+"""The node's own log: what it says may describe private data and must stay on the node."""
+
+logger = logging.getLogger(NODE_LOGGER)
+
+
+class NodeErrorCode(IntEnum):
+    """The codes a node answers with; Flower's own end below 100."""
+
+    CLIENT_FAILED = 100
+    MALFORMED_REQUEST = 101
+    MALFORMED_REPLY = 102
+    NOT_IMPLEMENTED = 103
+    POLICY_REFUSED = 110
+    BUDGET_EXHAUSTED = 111
+    LEDGER_REFUSED = 112
+    MODEL_REFUSED = 113
+
+    @property
+    def reason(self) -> str:
+        """The sentence that goes with the code, the same on every node and for all data."""
+        return f"{self.name}: {_REASONS[self]}"
+
+    def to_error(self) -> Error:
+        """Build the Flower error that carries this code and nothing else."""
+        return Error(code=int(self), reason=self.reason)
+
+
+_REASONS: Final = {
+    NodeErrorCode.CLIENT_FAILED: "the client failed; the node's own log says why.",
+    NodeErrorCode.MALFORMED_REQUEST: "the request does not hold the records this client expects.",
+    NodeErrorCode.MALFORMED_REPLY: "the client returned what the request's arrays cannot hold.",
+    NodeErrorCode.NOT_IMPLEMENTED: "the client does not implement this kind of message.",
+    NodeErrorCode.POLICY_REFUSED: "the training asked for is below this node's own privacy policy.",
+    NodeErrorCode.BUDGET_EXHAUSTED: "the privacy budget of this data set is spent.",
+    NodeErrorCode.LEDGER_REFUSED: "the node's privacy ledger refused; its own log says why.",
+    NodeErrorCode.MODEL_REFUSED: (
+        "the model mixes the records of a batch or keeps statistics of them; "
+        "opacus.validators.ModuleValidator.fix replaces BatchNorm with GroupNorm."
+    ),
+}
+
+
+class NodeError(RuntimeError):
+    """A failure that has a code of its own.
+
+    Parameters
+    ----------
+    code : NodeErrorCode
+        What the server is told.
+    detail : str
+        What only the node's log is told.
+    """
+
+    def __init__(self, code: NodeErrorCode, detail: str) -> None:
+        super().__init__(detail)
+        self.code = NodeErrorCode(code)
+
+
+class ModelRefused(NodeError, ValueError):
+    """The model's gradients are not one per record, or it remembers records in buffers."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(NodeErrorCode.MODEL_REFUSED, detail)
+
+
+def answer(error: Exception, *, reply_to: Message) -> Message:
+    """Log ``error`` on this node and answer ``reply_to`` with a fixed code."""
+    code = error.code if isinstance(error, NodeError) else NodeErrorCode.CLIENT_FAILED
+    logger.error(
+        "Answering %s to a %r message", code.name, reply_to.metadata.message_type, exc_info=error
+    )
+    return Message(code.to_error(), reply_to=reply_to)
+
+
+def guarded(function: ClientAppCallable) -> ClientAppCallable:
+    """Let nothing of an exception leave the node.
+
+    Put it below ``@app.train()``, ``@app.evaluate()`` or ``@app.query()``. An exception is logged
+    on the node and answered with a `NodeErrorCode`; its text, type and traceback stay.
+
+    Examples
+    --------
+    >>> from flwr.clientapp import ClientApp
+    >>> app = ClientApp()
+    >>> @app.train()
+    ... @guarded
+    ... def train(message: Message, context: Context) -> Message:
+    ...     raise ValueError("patient 4711 has no age")
+    """
+
+    @functools.wraps(function)
+    def without_details(message: Message, context: Context) -> Message:
+        try:
+            return function(message, context)
+        except Exception as error:
+            return answer(error, reply_to=message)
+
+    return without_details
+
+
+def guard_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Guard as `guarded` does, as a Flower mod: first in the list, it guards the mods after it."""
+    return guarded(call_next)(message, context)

@@ -1,0 +1,187 @@
+"""Where a node writes down what it has released, before it answers.
+
+A file outlives rounds, runs and restarts. Without one the ledger lives in Flower's state of the
+run, which forgets: everything that is said about it says "this run only".
+
+>>> from dpfl_flower.accounting import Gaussian
+>>> ledger = NodeLedger("heart")
+>>> with ledger.open(delta=1e-5) as opened:
+...     _ = opened.plan(ledger.run, Gaussian(4.0), 30, max_charge=3)
+...     _ = opened.charge(ledger.run, 3)
+>>> with ledger.open(delta=1e-5) as opened:
+...     print(opened.spent())
+epsilon 1.7 at delta 1e-05 for each example (add-or-remove-one) of data set "heart" after \
+3 releases; this run only
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+from flwr.app import ConfigRecord, Context, RecordDict
+
+from dpfl_flower import checks, records
+from dpfl_flower.accounting import (
+    BudgetExhausted,
+    Ledger,
+    LedgerError,
+    Plan,
+    PrivacyBudget,
+    PrivacyUnit,
+    Relation,
+    events_to_json,
+)
+from dpfl_flower.client.errors import NodeError, NodeErrorCode
+
+_WAIT_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class NodeLedger:
+    """The ledger of one data set on this node, opened for each charge and closed again.
+
+    Parameters
+    ----------
+    dataset : str
+        The name of the data set: apps that train on the same records name the same one, and share
+        its ledger.
+    path : path, optional
+        The ledger's file. None: the ledger is part of ``state``.
+    run : str
+        Names the run whose plan is charged.
+    wait_seconds : float
+        How long to wait for another process that has the file.
+    state : RecordDict
+        Where a ledger without a file stays between two messages of a run.
+    """
+
+    dataset: str
+    path: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+    run: str = field(default="local", kw_only=True)
+    wait_seconds: float = field(default=_WAIT_SECONDS, kw_only=True)
+    state: RecordDict = field(default_factory=RecordDict, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        checks.non_negative(wait_seconds=self.wait_seconds)
+        for name in ("dataset", "run"):
+            if not getattr(self, name) or not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a name")
+
+    @classmethod
+    def from_context(
+        cls,
+        context: Context,
+        *,
+        dataset: str,
+        path: str | os.PathLike[str] | None = None,
+        wait_seconds: float = _WAIT_SECONDS,
+    ) -> Self:
+        """Return the ledger at ``path``, else at the node config's ``ledger-path``.
+
+        Whoever runs the node chooses: its ``ledger-path`` goes before ``path``, which is the app's.
+        """
+        configured = context.node_config.get(records.LEDGER_PATH)
+        if configured is not None and not (configured and isinstance(configured, str)):
+            raise ValueError(f"node config {records.LEDGER_PATH}={configured!r} must be a path")
+        return cls(
+            dataset,
+            path=path if configured is None else str(configured),
+            run=f"flower-run-{context.run_id}",
+            wait_seconds=wait_seconds,
+            state=context.state,
+        )
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        *,
+        delta: float,
+        unit: PrivacyUnit = PrivacyUnit.EXAMPLE,
+        relation: Relation = Relation.ADD_OR_REMOVE_ONE,
+        budget: PrivacyBudget | None = None,
+    ) -> Iterator[Ledger]:
+        """Open the ledger, and close it after the block with every charge in place.
+
+        Raises
+        ------
+        NodeError
+            BUDGET_EXHAUSTED where a charge in the block exceeds the budget, LEDGER_REFUSED where
+            the ledger is locked, tampered with, about something else or cannot be written.
+        """
+        try:
+            if self.path is None:
+                with Ledger.in_memory(
+                    dataset=self.dataset, delta=delta, unit=unit, relation=relation, budget=budget
+                ) as ledger:
+                    self._recall(ledger)
+                    yield ledger
+                    self._remember(ledger)
+            else:
+                with Ledger.open(
+                    Path(self.path),
+                    dataset=self.dataset,
+                    delta=delta,
+                    unit=unit,
+                    relation=relation,
+                    budget=budget,
+                    wait_seconds=self.wait_seconds,
+                ) as ledger:
+                    yield ledger
+        except BudgetExhausted as error:
+            raise NodeError(NodeErrorCode.BUDGET_EXHAUSTED, str(error)) from error
+        except (LedgerError, OSError) as error:
+            raise NodeError(NodeErrorCode.LEDGER_REFUSED, str(error)) from error
+
+    @property
+    def _key(self) -> str:
+        return f"dpfl-flower.ledger.{self.dataset}"
+
+    def _recall(self, ledger: Ledger) -> None:
+        record = self.state.config_records.get(self._key)
+        if record is None:
+            return
+        plan = Plan.from_json(json.loads(str(record["plan"])))
+        ledger.plan(
+            plan.run,
+            plan.event,
+            plan.count,
+            max_charge=plan.max_charge,
+            total_variation=plan.total_variation,
+        )
+        charged = int(str(record["charged"]))
+        while charged:
+            part = min(charged, plan.max_charge)
+            ledger.charge(plan.run, part)
+            charged -= part
+
+    def _remember(self, ledger: Ledger) -> None:
+        if plan := ledger.plans.get(self.run):
+            self.state[self._key] = ConfigRecord(
+                {"plan": json.dumps(plan.to_json()), "charged": ledger.releases}
+            )
+
+
+def claim(ledger: Ledger) -> ConfigRecord:
+    """Return what a node says in public about all that its data set has spent.
+
+    ``epsilon``, ``delta``, ``unit``, ``relation``, ``dataset``; ``durable``, False where the claim
+    covers this run only; ``events``, from which anyone can compute epsilon anew; ``statement``, all
+    of it in one sentence.
+    """
+    spent = ledger.spent()
+    return ConfigRecord(
+        {
+            "epsilon": spent.epsilon,
+            "delta": spent.delta,
+            "unit": spent.unit.value,
+            "relation": spent.relation.value,
+            "dataset": spent.dataset,
+            "durable": spent.durable,
+            "events": events_to_json(ledger.events()),
+            "statement": str(spent),
+        }
+    )

@@ -1,0 +1,82 @@
+"""What a node agrees to, whatever the app it was sent asks for.
+
+Whoever runs a node writes it into the node's config, for example
+``flower-supernode --node-config "min-noise-multiplier=0.8 max-epsilon=3.0"``.
+
+>>> policy = NodePolicy.from_node_config({"min-noise-multiplier": 0.8, "max-epsilon": 3})
+>>> policy.check(noise_multiplier=0.5, epsilon=1.0)
+Traceback (most recent call last):
+    ...
+dpfl_flower.client.errors.NodeError: noise_multiplier=0.5 must be >= 0.8, this node's policy
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from dpfl_flower import checks, records
+from dpfl_flower.client.errors import NodeError, NodeErrorCode
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePolicy:
+    """The least noise and the most epsilon that a node trains with.
+
+    Parameters
+    ----------
+    min_noise_multiplier : float, optional
+        The node refuses to train with less noise.
+    max_epsilon : float, optional
+        The node refuses a round after which its data set would have spent more, over all runs in
+        its ledger, at the delta and under the relation of that ledger.
+
+    Raises
+    ------
+    ValueError
+        If a bound is not a finite number, the noise >= 0 and the epsilon > 0.
+    """
+
+    min_noise_multiplier: float | None = None
+    max_epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_noise_multiplier is not None:
+            checks.non_negative(min_noise_multiplier=self.min_noise_multiplier)
+        if self.max_epsilon is not None:
+            checks.positive(max_epsilon=self.max_epsilon)
+
+    @classmethod
+    def from_node_config(cls, node_config: Mapping[str, object]) -> Self:
+        """Read ``min-noise-multiplier`` and ``max-epsilon``; a missing key is no bound."""
+        return cls(
+            min_noise_multiplier=_number(node_config, records.MIN_NOISE_MULTIPLIER),
+            max_epsilon=_number(node_config, records.MAX_EPSILON),
+        )
+
+    def check(self, *, noise_multiplier: float, epsilon: float) -> None:
+        """Raise unless this node trains with ``noise_multiplier``, up to ``epsilon`` in all.
+
+        Raises
+        ------
+        NodeError
+            With the code POLICY_REFUSED.
+        """
+        least = self.min_noise_multiplier
+        if least is not None and not noise_multiplier >= least:
+            raise _refused(f"noise_multiplier={noise_multiplier!r} must be >= {least!r}")
+        most = self.max_epsilon
+        if most is not None and not epsilon <= most:
+            raise _refused(f"epsilon={epsilon!r} must be <= {most!r}")
+
+
+def _refused(detail: str) -> NodeError:
+    return NodeError(NodeErrorCode.POLICY_REFUSED, f"{detail}, this node's policy")
+
+
+def _number(node_config: Mapping[str, object], key: str) -> float | None:
+    value = node_config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"node config {key}={value!r} must be a number")
+    return float(value)

@@ -1,0 +1,242 @@
+"""Is this model's loss a sum of one term per record? DP-SGD is private for no other.
+
+Clipping one record's gradient bounds what the record does to the sum only if the record is in that
+one gradient and nowhere else: not in a batch statistic, not in a buffer.
+
+>>> require_trainable(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)))
+Traceback (most recent call last):
+    ...
+dpfl_flower.client.errors.ModelRefused: 1: BatchNorm1d normalises each record by the others...
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
+from dpfl_flower.client.per_example import (
+    Batch,
+    GradSampleMode,
+    LossFunction,
+    per_example_clipper,
+    per_example_losses,
+)
+
+logger = logging.getLogger(NODE_LOGGER)
+
+_FIX: Final = (
+    "opacus.validators.ModuleValidator.fix(model) replaces it "
+    "(BatchNorm becomes GroupNorm); use the fixed model on the server too"
+)
+_PROBES: Final = 3
+_TOLERANCE: Final = 1e-3
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raise unless DP-SGD can train ``model`` at all.
+
+    Raises
+    ------
+    ModelRefused
+        For a model without trainable parameters, one that Opacus wraps already, and for layers that
+        couple the records of a batch or keep statistics of them (BatchNorm, also a frozen one or
+        one without weights; InstanceNorm with running statistics) or that Opacus has no gradients
+        for (LSTM, GRU, MultiheadAttention). The message names the layer and the fix.
+    """
+    if isinstance(model, AbstractGradSampleModule):
+        raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelRefused("the model has no trainable parameter")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _BatchNorm):
+            raise ModelRefused(f"{name}: {kind} normalises each record by the others; {_FIX}")
+        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+            raise ModelRefused(f"{name}: {kind} keeps running statistics of records; {_FIX}")
+    was_training = model.training
+    try:
+        errors = ModuleValidator.validate(model.train(), strict=False)
+    finally:
+        model.train(was_training)
+    if errors:
+        raise ModelRefused(f"{'; '.join(map(str, errors))}; {_FIX}")
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Refuse a model whose buffers change inside the block.
+
+    A buffer that training writes holds what records left in it, without noise. It gets its old
+    values back.
+
+    Raises
+    ------
+    ModelRefused
+        When the block ends with a changed buffer.
+    """
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        after = dict(model.named_buffers())
+        changed = [n for n, b in before.items() if n not in after or not _same(b, after[n])]
+        with torch.no_grad():
+            for name in changed:
+                if name in after and after[name].shape == before[name].shape:
+                    after[name].copy_(before[name])
+    changed += sorted(after.keys() - before.keys())
+    if changed:
+        raise ModelRefused(
+            f"buffers that change in training are not private: {', '.join(changed)}; {_FIX}"
+        )
+
+
+def require_separable(
+    model: nn.Module, loss_fn: LossFunction, example: Batch, *, mode: GradSampleMode
+) -> None:
+    """Raise unless Opacus' gradients of single records are those of autograd, and only theirs.
+
+    Runs on made-up records of the shapes and dtypes of ``example``, so that the verdict depends on
+    no record. A model that cannot run on them is not checked, except in ghost mode.
+
+    Parameters
+    ----------
+    example : Batch
+        Inputs and target of one record, each with a first dimension of 1. Only shapes and dtypes
+        are used.
+
+    Raises
+    ------
+    ModelRefused
+        If one record's loss depends on another record, if a buffer changes, or if Opacus' clipped
+        sum is not the sum of autograd's clipped gradients (a parameter used outside the forward of
+        its module, an option that Opacus does not know).
+    ValueError
+        If ``loss_fn`` does not return one loss per record.
+    """
+    batch = _made_up(example, avoid={m.padding_idx for m in _embeddings(model)})
+    model.train()
+    with unchanged_buffers(model):
+        try:
+            with torch.no_grad():
+                model(*batch[:-1])
+        except Exception as error:
+            if mode is GradSampleMode.GHOST:
+                raise ModelRefused(
+                    "the model does not run on made-up records, so its ghost norms cannot be "
+                    "checked; use mode 'hooks'"
+                ) from error
+            logger.info("The model does not run on made-up records: not checked", exc_info=error)
+            return
+        _require_no_coupling(model, loss_fn, batch)
+        _require_true_gradients(model, loss_fn, batch, mode)
+
+
+def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
+    # By derivative, in training mode: record 0's loss may not move with another record's input.
+    inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in batch[:-1]]
+    losses = per_example_losses(model(*inputs), batch[-1], loss_fn)
+    floating = [t for t in inputs if t.requires_grad]
+    if floating:
+        slopes = torch.autograd.grad(losses[0], floating, allow_unused=True)
+        if any(bool((slope[1:] != 0).any()) for slope in slopes if slope is not None):
+            raise ModelRefused("the loss of one record depends on another record's input")
+    # By value, without dropout: catches integers and statistics taken without gradients.
+    model.eval()
+    try:
+        with torch.no_grad():
+            together = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
+            alone = torch.cat(
+                [
+                    per_example_losses(model(*(t[i : i + 1] for t in batch[:-1])), y, loss_fn)
+                    for i, y in enumerate(torch.split(batch[-1], 1))
+                ]
+            )
+    finally:
+        model.train()
+    if not torch.allclose(together, alone, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+        raise ModelRefused("the loss of a record is not the same alone and in a batch")
+
+
+def _require_true_gradients(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, mode: GradSampleMode
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with _same_dropout(parameters[0].device):
+        losses = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
+    gradients = [
+        [
+            torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double()
+            for p, g in zip(parameters, of_one, strict=True)
+        ]
+        for of_one in (
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            for loss in losses
+        )
+    ]
+    norms = [float(_norm(g)) for g in gradients]
+    if not all(0 < norm < float("inf") for norm in norms):
+        return  # a flat or overflowing loss on made-up records shows nothing
+    clip_norm = min(norms) / 2  # everything is clipped, so every norm is put to the test
+    expected = [
+        sum(
+            (g * (clip_norm / n) for g, n in zip(of_parameter, norms, strict=True)), torch.tensor(0)
+        )
+        for of_parameter in zip(*gradients, strict=True)
+    ]
+    with (
+        per_example_clipper(model, loss_fn, clip_norm=clip_norm, mode=mode) as clipper,
+        _same_dropout(parameters[0].device),
+    ):
+        actual = clipper.clipped_sum(batch)
+    off = _norm([a.double() - e for a, e in zip(actual, expected, strict=True)])
+    if not float(off) <= _TOLERANCE * clip_norm * _PROBES:
+        raise ModelRefused(
+            "Opacus' per-example gradients are not autograd's: a parameter is used outside the "
+            "forward of its module, or a layer has an option that Opacus does not know"
+        )
+
+
+def _made_up(example: Batch, *, avoid: set[int | None]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    index = min({0, 1, 2} - avoid) if len(avoid) < 3 else 0
+
+    def like(tensor: Tensor, *, target: bool) -> Tensor:
+        shape = (_PROBES, *tensor.shape[1:])
+        if not tensor.is_floating_point():  # class 0, or an id that is not padding
+            return torch.full(shape, 0 if target else index, dtype=tensor.dtype).to(tensor.device)
+        draw = torch.rand if target else torch.randn  # in [0, 1): a target of BCE too
+        return draw(shape, generator=generator).to(dtype=tensor.dtype, device=tensor.device)
+
+    return [*(like(t, target=False) for t in example[:-1]), like(example[-1], target=True)]
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
+    return (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+
+
+@contextlib.contextmanager
+def _same_dropout(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
+    return norm
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - nan equals nan here
