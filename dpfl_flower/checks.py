@@ -12,7 +12,12 @@ from typing import Any
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, Real) and not isinstance(value, (bool, str))
+    return real and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, (bool, str))
 
 
 def _fail(name: str, value: Any, bound: str) -> None:
@@ -36,14 +41,14 @@ def non_negative(**values: Any) -> None:
 def positive_int(**values: Any) -> None:
     """Raise ValueError unless every keyword is an integer >= 1."""
     for name, value in values.items():
-        if isinstance(value, bool) or not (isinstance(value, Integral) and value >= 1):
+        if not (_whole(value) and value >= 1):
             _fail(name, value, "an integer >= 1")
 
 
 def non_negative_int(**values: Any) -> None:
     """Raise ValueError unless every keyword is an integer >= 0."""
     for name, value in values.items():
-        if isinstance(value, bool) or not (isinstance(value, Integral) and value >= 0):
+        if not (_whole(value) and value >= 0):
             _fail(name, value, "an integer >= 0")
 
 

@@ -1,0 +1,126 @@
+"""What nodes that add their own noise claim to have spent, and what that means for one person."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ConfigRecord
+
+from dpfl_flower import checks
+from dpfl_flower.accounting import Event, PrivacyUnit, Relation, epsilon, event_from_json
+
+log = logging.getLogger("flwr.dpfl")
+
+
+@dataclass(frozen=True)
+class NodeClaim:
+    """What one node says it has spent on its data set so far.
+
+    ``epsilon`` is the larger of what the node wrote and what its events cost when priced here.
+    ``durable`` is False where the node keeps no ledger file: then the claim covers this run only.
+    """
+
+    dataset: str
+    epsilon: float
+    delta: float
+    unit: PrivacyUnit
+    relation: Relation
+    durable: bool
+    events: tuple[Event, ...]
+
+    @classmethod
+    def from_record(cls, record: ConfigRecord) -> "NodeClaim":
+        """Parse a node's public claim.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing, of the wrong type or out of range.
+        """
+        try:
+            delta = float(record["delta"])  # type: ignore[arg-type]
+            claimed = float(record["epsilon"])  # type: ignore[arg-type]
+            relation = Relation(str(record["relation"]))
+            events = tuple(event_from_json(e) for e in json.loads(str(record["events"])))
+            unit = PrivacyUnit(str(record["unit"]))
+            dataset, durable = str(record["dataset"]), bool(record["durable"])
+        except (KeyError, TypeError, AttributeError) as missing:
+            raise ValueError(f"the node's privacy claim is malformed: {missing!r}") from missing
+        checks.probability(delta=delta)
+        if math.isnan(claimed) or claimed < 0:
+            raise ValueError(f"epsilon={claimed!r} must be a number >= 0")
+        priced = epsilon(events, delta=delta, relation=relation)
+        return cls(
+            dataset=dataset,
+            epsilon=max(claimed, priced),
+            delta=delta,
+            unit=unit,
+            relation=relation,
+            durable=durable,
+            events=events,
+        )
+
+
+@dataclass(frozen=True)
+class NodePrivacyReport:
+    """The claims of all nodes, the worst, and their composition.
+
+    A person whose records lie in one node gets that node's epsilon; a person with records in
+    several nodes gets the composition of theirs, at most ``epsilon_everywhere``.
+    """
+
+    claims: Mapping[int, NodeClaim] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> NodeClaim | None:
+        """The claim with the largest epsilon."""
+        return max(self.claims.values(), key=lambda claim: claim.epsilon, default=None)
+
+    @property
+    def delta(self) -> float:
+        """The largest delta claimed."""
+        return max((claim.delta for claim in self.claims.values()), default=0.0)
+
+    def epsilon_everywhere(self) -> float:
+        """Return epsilon, at ``delta``, of someone with a record in every node.
+
+        Infinite where the nodes' relations differ: such claims do not compose.
+        """
+        if len({claim.relation for claim in self.claims.values()}) > 1:
+            return math.inf
+        worst = self.worst
+        if worst is None:
+            return 0.0
+        events = [event for claim in self.claims.values() for event in claim.events]
+        return epsilon(events, delta=self.delta, relation=worst.relation)
+
+    def __str__(self) -> str:
+        """One sentence that names the units, the relation and both figures."""
+        worst = self.worst
+        if worst is None:
+            return "no node made a privacy claim"
+        scope = "" if all(c.durable for c in self.claims.values()) else "; this run only"
+        return (
+            f"at most epsilon {worst.epsilon:.4g} at delta {worst.delta:g} for each {worst.unit} "
+            f"({worst.relation}) of one node, epsilon {self.epsilon_everywhere():.4g} at delta "
+            f"{self.delta:g} for someone in all {len(self.claims)} nodes, as the nodes claim{scope}"
+        )
+
+
+def read_claim(node_id: int, record: ConfigRecord | None) -> NodeClaim | None:
+    """Return the node's claim, None (and one log line) where it made none that can be read."""
+    if record is None:
+        log.warning("Node %d made no privacy claim: its reply counts as a dropout", node_id)
+        return None
+    try:
+        return NodeClaim.from_record(record)
+    except ValueError:
+        log.warning("Node %d's privacy claim is malformed: its reply counts as a dropout", node_id)
+        return None
+
+
+def report(claims: Iterable[tuple[int, NodeClaim]]) -> NodePrivacyReport:
+    """Return the report over the newest claim of each node."""
+    return NodePrivacyReport(dict(claims))

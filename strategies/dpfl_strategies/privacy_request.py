@@ -1,0 +1,96 @@
+"""What the user asked for: a budget, a noise multiplier, or both; parsed once, at the edge."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpfl_flower import checks
+from dpfl_flower.accounting import Event, PrivacyBudget, PrivacyUnit, Relation, Sampling, calibrate
+
+
+@dataclass(frozen=True)
+class PrivacyRequest:
+    """A privacy unit and either a budget, a noise multiplier, or a multiplier under a budget.
+
+    Parameters
+    ----------
+    budget:
+        The most that the data set may spend, all runs on its ledger together.
+    noise_multiplier:
+        Standard deviation of the noise on the sum, in clip norms. Where None, the smallest that
+        lets all planned rounds fit the budget is found at the start of the run.
+    delta:
+        Where epsilon is reported without a budget; ``min(1e-5, 0.1 / population)`` by default.
+    unit, relation:
+        Only without a budget, which names its own.
+    """
+
+    sampling: Sampling
+    budget: PrivacyBudget | None
+    noise_multiplier: float | None
+    delta: float
+    unit: PrivacyUnit
+    relation: Relation
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        sampling: Sampling,
+        budget: PrivacyBudget | None,
+        noise_multiplier: float | None,
+        delta: float | None,
+        unit: PrivacyUnit | str | None,
+        relation: Relation | str | None,
+    ) -> "PrivacyRequest":
+        """Check the user's arguments against each other and fill in what they imply.
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, its value and the bound.
+        """
+        population = sampling.population
+        if budget is None and noise_multiplier is None:
+            raise ValueError(
+                "budget=None and noise_multiplier=None: one of the two must be given; without "
+                "either, nothing would say how much noise the run needs"
+            )
+        if noise_multiplier is not None:
+            checks.non_negative(noise_multiplier=noise_multiplier)
+        if budget is not None:
+            for name, value, own in (
+                ("delta", delta, budget.delta),
+                ("unit", unit, budget.unit),
+                ("relation", relation, budget.relation),
+            ):
+                if value is not None and value != own:
+                    raise ValueError(f"{name}={value!r} must be the budget's own, {own!r}")
+            delta, unit, relation = budget.delta, budget.unit, budget.relation
+        if delta is None:
+            delta = min(1e-5, 0.1 / population)
+        checks.probability(delta=delta)
+        if delta >= 1 / population:
+            raise ValueError(
+                f"delta={delta!r} must be < 1/population={1 / population!r}: with a larger delta, "
+                "publishing somebody's data outright would count as private"
+            )
+        relation = Relation(relation or Relation.ADD_OR_REMOVE_ONE)
+        if not sampling.supports(relation):
+            raise ValueError(
+                f"relation={str(relation)!r} must be one that {type(sampling).__name__} supports"
+            )
+        return cls(
+            sampling=sampling,
+            budget=budget,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            unit=PrivacyUnit(unit or PrivacyUnit.NODE),
+            relation=relation,
+        )
+
+    def solve(self, num_rounds: int, *, prior: Sequence[Event]) -> float:
+        """Return the noise multiplier for ``num_rounds`` rounds after the ``prior`` events."""
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        assert self.budget is not None
+        return calibrate(self.budget, self.sampling, num_rounds, prior=prior)

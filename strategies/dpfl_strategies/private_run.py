@@ -1,0 +1,246 @@
+"""A private run from its plan to its last round: ledger, checkpoint, integers, state."""
+
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpfl_flower.accounting import Gaussian, Ledger
+from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
+from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.noise import RoundedGaussian
+from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
+from dpfl_flower.rng import RandomSource
+from dpfl_strategies.central_release import CentralRelease, NoisyMean
+from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.messages import Arrays
+from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.server_optimizers import State
+
+log = logging.getLogger("flwr.dpfl")
+
+_SEED_BYTES = 16
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """Everything a run is made of that is known before its first round.
+
+    ``settings`` names, as text, what may not change between the parts of a resumed run.
+    """
+
+    request: PrivacyRequest
+    clipping: ClippingPolicy
+    rounding: Rounding
+    max_inflation: float
+    mean_weight: float
+    dataset: str
+    ledger_path: str | Path | None
+    checkpoints: CheckpointDirectory | None
+    rng: RandomSource
+
+    def open(
+        self, initial_model: Arrays, num_rounds: int, *, settings: Mapping[str, str]
+    ) -> "PrivateRun":
+        """Open the ledger, go on from the checkpoint or begin a new run.
+
+        Raises
+        ------
+        LedgerError, CheckpointError
+            If a file is damaged, in use, or belongs to another run.
+        """
+        ArrayLayout.of(initial_model)
+        saved = None if self.checkpoints is None else self.checkpoints.load()
+        ledger = self._open_ledger()
+        try:
+            if saved is None:
+                return self._begin(ledger, initial_model, num_rounds, settings)
+            return self._resume(ledger, initial_model, saved, num_rounds, settings)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def _open_ledger(self) -> Ledger:
+        request = self.request
+        if self.ledger_path is None:
+            return Ledger.in_memory(
+                dataset=self.dataset,
+                delta=request.delta,
+                unit=request.unit,
+                relation=request.relation,
+                budget=request.budget,
+            )
+        return Ledger.open(
+            self.ledger_path,
+            dataset=self.dataset,
+            delta=request.delta,
+            unit=request.unit,
+            relation=request.relation,
+            budget=request.budget,
+        )
+
+    def _begin(
+        self, ledger: Ledger, model: Arrays, num_rounds: int, settings: Mapping[str, str]
+    ) -> "PrivateRun":
+        multiplier = self.request.solve(num_rounds, prior=ledger.events())
+        grid = self._grid(model, multiplier)
+        state = RunState(
+            run=uuid.uuid4().hex,
+            server_round=0,
+            model=model,
+            clip_norm=self.clipping.initial_clip_norm,
+            settings={**settings, "noise_multiplier": repr(multiplier)},
+        )
+        part = self._plan_part(ledger, grid, state, num_rounds)
+        if self.checkpoints is not None:
+            self.checkpoints.save(state)
+        return PrivateRun(self, ledger, part, grid, state)
+
+    def _resume(
+        self,
+        ledger: Ledger,
+        model: Arrays,
+        saved: RunState,
+        num_rounds: int,
+        settings: Mapping[str, str],
+    ) -> "PrivateRun":
+        ArrayLayout.of(saved.model).check(model)
+        current = dict(settings)
+        if self.request.noise_multiplier is not None:
+            current["noise_multiplier"] = repr(self.request.noise_multiplier)
+        for name, value in current.items():
+            if saved.settings.get(name) != value:
+                raise CheckpointError(
+                    f"{name}={value} must be {saved.settings.get(name)}, as when the run in the "
+                    "checkpoint began; give another checkpoint_dir to begin a new run"
+                )
+        if saved.ledger is not None:
+            ledger.require_extends(saved.ledger)
+        log.info("Resuming run %s after round %d", saved.run, saved.server_round)
+        grid = self._grid(model, _noise_multiplier(saved))
+        part = self._plan_part(ledger, grid, saved, num_rounds)
+        return PrivateRun(self, ledger, part, grid, saved)
+
+    def _plan_part(
+        self, ledger: Ledger, grid: IntegerGrid, state: RunState, num_rounds: int
+    ) -> str:
+        """Write down what this part of the run is going to release; return its name.
+
+        Each part, from one start to the next crash, has a plan of its own with the run's event:
+        rounds that a crash made the run charge twice do not use up what a later part needs.
+        """
+        part = f"{state.run}/{uuid.uuid4().hex[:8]}"
+        draws = RoundedGaussian(grid.noise_units).total_variation if grid.noise_units else 0.0
+        ledger.plan(
+            part,
+            self.request.sampling.event(Gaussian(_noise_multiplier(state))),
+            count=max(1, num_rounds - state.server_round),
+            total_variation=draws * grid.width,
+        )
+        return part
+
+    def _grid(self, model: Arrays, multiplier: float) -> IntegerGrid:
+        indicator_noise = None
+        if isinstance(self.clipping, AdaptiveClipping):
+            indicator_noise = self.clipping.indicator_stddev(
+                multiplier, self.request.sampling.expected_cohort
+            )
+        return IntegerGrid.for_noise_multiplier(
+            multiplier,
+            ArrayLayout.of(model).dimension,
+            rounding=self.rounding,
+            indicator_noise=indicator_noise,
+            max_inflation=self.max_inflation,
+        )
+
+
+class PrivateRun:
+    """The state of a run between rounds; every change is charged first and saved before release."""
+
+    def __init__(
+        self,
+        plan: PrivatePlan,
+        ledger: Ledger,
+        part: str,
+        grid: IntegerGrid,
+        state: RunState,
+    ) -> None:
+        self._plan = plan
+        self._grid = grid
+        self.ledger = ledger
+        self.state = state
+        self._part = part
+        self.noise_multiplier = _noise_multiplier(state)
+        self.layout = ArrayLayout.of(state.model)
+        self._release = CentralRelease(
+            grid,
+            ledger=ledger,
+            run=part,
+            rng=plan.rng,
+            expected_cohort=plan.request.sampling.expected_cohort,
+            mean_weight=plan.mean_weight,
+        )
+
+    @property
+    def clip_norm(self) -> float:
+        """The clip norm of the next round."""
+        return (
+            self._plan.clipping.initial_clip_norm
+            if self.state.clip_norm is None
+            else self.state.clip_norm
+        )
+
+    @property
+    def affordable(self) -> bool:
+        """Whether the budget allows another round."""
+        return self.ledger.affordable(self._part, 1) >= 1
+
+    def open_sum(self) -> BoundedSum:
+        """Return an empty sum for the next round."""
+        dithered = self._grid.rounding is Rounding.DITHERED
+        seed = self._plan.rng.random_bytes(_SEED_BYTES) if dithered else None
+        return self._release.open_sum(self.clip_norm, dither_seed=seed)
+
+    def charge_and_release(self, bounded: BoundedSum, server_round: int) -> NoisyMean:
+        """Charge the ledger for the round and return the noisy mean of ``bounded``."""
+        return self._release.release(bounded, clip_norm=self.clip_norm, server_round=server_round)
+
+    def commit(
+        self,
+        server_round: int,
+        noisy: NoisyMean,
+        *,
+        model: NDArray[np.float64],
+        template: Arrays,
+        optimizer_state: State,
+    ) -> Mapping[str, NDArray[Any]]:
+        """Save the round's model, then return it for release; arrays are named as in the model."""
+        clip_norm = self.clip_norm
+        if isinstance(self._plan.clipping, AdaptiveClipping):
+            assert noisy.fraction_within_clip is not None
+            clip_norm = self._plan.clipping.updated(clip_norm, noisy.fraction_within_clip)
+        self.state = RunState(
+            run=self.state.run,
+            server_round=server_round,
+            model=self.layout.restore(model, template),
+            clip_norm=clip_norm,
+            optimizer_state=optimizer_state,
+            ledger=noisy.position,
+            settings=self.state.settings,
+        )
+        if self._plan.checkpoints is not None:
+            self._plan.checkpoints.save(self.state)
+        return self.state.model
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
+
+
+def _noise_multiplier(state: RunState) -> float:
+    return float(state.settings["noise_multiplier"])

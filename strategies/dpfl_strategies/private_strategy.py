@@ -1,0 +1,444 @@
+"""A Flower strategy whose private pipeline cannot be overridden by accident.
+
+Per round: draw a cohort with secret coins, ask it once, bound each answer, sum in integers, charge
+the ledger, add the noise, and hand the noisy mean to the server optimizer (DP-FedAvg, McMahan et
+al., arXiv 1710.06963). Clip norm and divisor are public constants or released values.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from dpfl_flower import checks, records
+from dpfl_flower.accounting import (
+    PrivacyBudget,
+    PrivacyStatement,
+    PrivacyUnit,
+    Relation,
+    Sampling,
+)
+from dpfl_flower.clipping import ClippingPolicy
+from dpfl_flower.quantize import Rounding
+from dpfl_flower.rng import SeededRandom, secure
+from dpfl_strategies.checkpoint import CheckpointDirectory
+from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
+from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.private_run import PrivatePlan, PrivateRun
+from dpfl_strategies.registry import Registry
+from dpfl_strategies.replies import accepted, parse_train
+from dpfl_strategies.result import PrivateResult, Stopped
+from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
+from dpfl_strategies.weighting import UniformWeighting, Weighting
+
+log = logging.getLogger("flwr.dpfl")
+
+# Above this cohort, nearest rounding could lose more than 1 % of the noise's scale in each
+# coordinate to a common bias (cohort / 2 grid units against 2**14); a public dither has none.
+_DITHER_ABOVE: Final = 256
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The round that waits for replies."""
+
+    server_round: int
+    nodes: frozenset[int]
+    reference: Arrays
+
+
+class PrivateStrategy(Strategy, ABC):
+    """The private pipeline; subclasses say how to weigh and how to apply a noisy mean.
+
+    Subclass :meth:`weigh` and :meth:`apply_noisy_mean` (or :class:`DPFedAvg`, which has both);
+    what must survive a round goes into the mapping ``optimizer_state``, which checkpoints keep.
+    How to sample is a :class:`~dpfl_flower.accounting.Sampling`, which knows what it costs.
+    Methods of the pipeline itself are final: a subclass that defines one is refused with TypeError.
+
+    Parameters
+    ----------
+    sampling:
+        How a cohort is drawn from the population, and so what a round costs.
+    clipping:
+        The bound on one unit's weighted update, fixed or adaptive.
+    budget:
+        The most the data set may spend. The noise follows from it.
+    noise_multiplier:
+        Standard deviation of the noise on the sum in clip norms, instead of (or under) a budget.
+    delta, unit, relation:
+        Without a budget: what epsilon is reported for. Default ``min(1e-5, 0.1 / population)``,
+        node, add-or-remove-one.
+    server_optimizer:
+        What becomes of the noisy mean: plain averaging by default.
+    weighting:
+        Uniform by default; ``NumExamplesWeighting(w_max)`` for ``min(n / w_max, 1)``.
+    ledger:
+        File that records what the data set has spent, over all runs and models. Without one (and
+        without ``checkpoint_dir``) the statement covers this run only, and says so.
+    dataset:
+        Name of the data set, as in the ledger's header.
+    checkpoint_dir:
+        Where the released model is kept after each round; ``start`` resumes from it.
+    metrics:
+        ``"none"`` drops client metrics; ``"not_private"`` lets them through, marked.
+    train_metrics_aggr_fn, evaluate_metrics_aggr_fn:
+        How metrics are combined, as in Flower; only with ``metrics="not_private"``.
+    fraction_evaluate:
+        Share of the population asked to evaluate; only with ``metrics="not_private"``.
+    wait_seconds:
+        How long to wait for the population before the first round.
+    give_up_after:
+        Consecutive rounds in which everybody who was asked failed before the run is an error;
+        None never gives up.
+    rounding:
+        Nearest, or with a public dither; by default dithered for cohorts above 256.
+    max_inflation:
+        By how much rounding may enlarge the clip bound (and so the noise), 1.01 by default.
+    noise_seed:
+        Makes noise and coins reproducible, for tests. Such noise protects nobody: no epsilon is
+        reported, and neither a ledger nor a checkpoint is allowed.
+
+    Raises
+    ------
+    ValueError
+        For an argument out of range, naming it, its value and the bound.
+    """
+
+    _PIPELINE: Final = (
+        "prepare",
+        "configure_train",
+        "aggregate_train",
+        "configure_evaluate",
+        "aggregate_evaluate",
+        "start",
+        "close",
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in PrivateStrategy._PIPELINE:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} belongs to the private pipeline and cannot be "
+                    "overridden; subclass weigh or apply_noisy_mean, or hand in a Sampling"
+                )
+
+    def __init__(
+        self,
+        *,
+        sampling: Sampling,
+        clipping: ClippingPolicy,
+        budget: PrivacyBudget | None = None,
+        noise_multiplier: float | None = None,
+        delta: float | None = None,
+        unit: PrivacyUnit | str | None = None,
+        relation: Relation | str | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+        weighting: Weighting | None = None,
+        ledger: str | Path | None = None,
+        dataset: str = "default",
+        checkpoint_dir: str | Path | None = None,
+        metrics: ClientMetrics | str = ClientMetrics.DROPPED,
+        train_metrics_aggr_fn: AggregateMetrics | None = None,
+        evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
+        fraction_evaluate: float = 1.0,
+        wait_seconds: float = 600.0,
+        give_up_after: int | None = 3,
+        rounding: Rounding | str | None = None,
+        max_inflation: float = 1.01,
+        noise_seed: int | None = None,
+    ) -> None:
+        request = PrivacyRequest.parse(
+            sampling=sampling,
+            budget=budget,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            unit=unit,
+            relation=relation,
+        )
+        if give_up_after is not None:
+            checks.positive_int(give_up_after=give_up_after)
+        if noise_seed is not None and (ledger is not None or checkpoint_dir is not None):
+            raise ValueError(
+                f"noise_seed={noise_seed!r} must be None with a ledger or a checkpoint_dir: seeded "
+                "noise protects nobody, so nothing it releases may be recorded as private"
+            )
+        self._gate = MetricsGate(
+            metrics,
+            fraction_evaluate=fraction_evaluate,
+            train_metrics_aggr_fn=train_metrics_aggr_fn,
+            evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
+        )
+        self.weighting = weighting or UniformWeighting()
+        self.server_optimizer = server_optimizer or FedAvg()
+        self.optimizer_state: State = {}
+        self._registry = Registry(sampling.population, wait_seconds=wait_seconds)
+        self._give_up_after = give_up_after
+        self._failures = FailureWatch(give_up_after)
+        large = sampling.expected_cohort > _DITHER_ABOVE
+        checks.positive(max_inflation=max_inflation)
+        if ledger is None and checkpoint_dir is not None:
+            ledger = Path(checkpoint_dir) / "ledger.jsonl"
+        self._plan = PrivatePlan(
+            request=request,
+            clipping=clipping,
+            rounding=Rounding(rounding or (Rounding.DITHERED if large else Rounding.NEAREST)),
+            max_inflation=max_inflation,
+            mean_weight=self.weighting.mean_weight,
+            dataset=dataset,
+            ledger_path=ledger,
+            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
+            rng=secure() if noise_seed is None else SeededRandom(noise_seed),
+        )
+        self._run: PrivateRun | None = None
+        self._asked: _Asked | None = None
+        self._evaluating: frozenset[int] = frozenset()
+
+    # --- named points to subclass ---------------------------------------------------------------
+
+    @abstractmethod
+    def weigh(self, num_examples: float) -> float:
+        """Return the weight, in [0, 1], of a unit that reports ``num_examples`` (NaN if none).
+
+        The weight is applied before clipping, so any value in range keeps the sensitivity.
+        """
+
+    @abstractmethod
+    def apply_noisy_mean(
+        self, model: NDArray[np.float64], mean_update: NDArray[np.float64], server_round: int
+    ) -> NDArray[np.float64]:
+        """Return the next model, shape ``(d,)``, from the current one and the released noisy mean.
+
+        All released arrays are concatenated in the order of the model's names.
+        """
+
+    def settings(self) -> dict[str, str]:
+        """Return what may not change between the parts of a resumed run, as text by name."""
+        return {
+            "strategy": type(self).__name__,
+            "sampling": repr(self._plan.request.sampling),
+            "clipping": repr(self._plan.clipping),
+            "weighting": repr(self.weighting),
+            "server_optimizer": repr(self.server_optimizer),
+            "rounding": str(self._plan.rounding),
+            "max_inflation": repr(self._plan.max_inflation),
+            "unit": str(self._plan.request.unit),
+            "relation": str(self._plan.request.relation),
+        }
+
+    # --- the private pipeline: final ------------------------------------------------------------
+
+    @final
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> PrivateResult:
+        """Run ``num_rounds`` private rounds, going on from the checkpoint where there is one.
+
+        Parameters and records are Flower's. A budget that runs out ends the run with the last
+        released model; ``result.stopped`` says so.
+
+        Raises
+        ------
+        AllClientsFailed
+            If everybody who was asked failed, ``give_up_after`` rounds in a row or always.
+        PopulationNotReached
+            If too few nodes connected.
+        LedgerError, CheckpointError
+            If the files are damaged, in use, or belong to another run.
+        """
+        checks.positive_int(num_rounds=num_rounds)
+        arrays = self.prepare(initial_arrays, num_rounds)
+        assert self._run is not None
+        try:
+            self.summary()
+            result = run_rounds(
+                self,
+                LoopHooks(
+                    failures=self._failures,
+                    stop_reason=self._stop_reason,
+                    progress=lambda server_round: self._progress(server_round, num_rounds),
+                ),
+                PrivateResult(),
+                grid=grid,
+                arrays=arrays,
+                first_round=self._run.state.server_round + 1,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+                evaluate_fn=evaluate_fn,
+            )
+            result.privacy = self.privacy_spent()
+            log_result(result)
+            return result
+        finally:
+            self.close()
+
+    @final
+    def prepare(self, initial_arrays: ArrayRecord, num_rounds: int) -> ArrayRecord:
+        """Open ledger and checkpoint and fix the plan; return the arrays to begin with.
+
+        ``start`` calls it. Call it yourself only for a loop of your own, and ``close`` after.
+        """
+        if self._run is not None:
+            raise RuntimeError("this strategy is already running; close() it first")
+        self._failures = FailureWatch(self._give_up_after)
+        self._run = self._plan.open(
+            from_record(initial_arrays), num_rounds, settings=self.settings()
+        )
+        self.optimizer_state = dict(self._run.state.optimizer_state)
+        return to_record(self._run.state.model)
+
+    @final
+    def close(self) -> None:
+        """Let go of the ledger; a strategy may be started again afterwards."""
+        if self._run is not None:
+            self._run.close()
+        self._run = self._asked = None
+
+    @final
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw a fresh cohort and return one message for each of its nodes (maybe none)."""
+        run = self._running()
+        reference = from_record(arrays)
+        run.layout.check(reference)
+        population = self._registry.node_ids(grid)
+        cohort = self._plan.request.sampling.draw(population, self._plan.rng)
+        self._asked = _Asked(server_round, frozenset(cohort), reference)
+        return to_messages(
+            cohort, MessageType.TRAIN, server_round=server_round, arrays=arrays, config=config
+        )
+
+    @final
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Bound, sum, charge, add noise, step, save; return the released model.
+
+        Raises
+        ------
+        RuntimeError
+            If the round was not configured, or was aggregated already.
+        BudgetExhausted
+            If the budget does not allow the release; nothing is charged or released.
+        """
+        run, asked = self._running(), self._asked
+        if asked is None or asked.server_round != server_round:
+            raise RuntimeError(
+                f"round {server_round} has no open cohort: each round is configured, then "
+                "aggregated, once"
+            )
+        self._asked = None
+        bounded = run.open_sum()
+        reference = run.layout.released(asked.reference)
+        contents, answered = [], 0
+        for message in accepted(replies, asked=asked.nodes, group=str(server_round)):
+            reply = parse_train(message, run.layout)
+            if reply is None:
+                continue
+            weight = self.weigh(reply.num_examples)
+            bounded.add(run.layout.released(reply.arrays), reference, weight=weight)
+            answered += 1
+            if self._gate.open:
+                contents.append(RecordDict({records.METRICS: reply.metrics}))
+        self._failures.record(asked=len(asked.nodes), answered=answered)
+        noisy = run.charge_and_release(bounded, server_round)
+        model = run.layout.flatten(asked.reference)
+        released = run.commit(
+            server_round,
+            noisy,
+            model=self.apply_noisy_mean(model, noisy.update, server_round),
+            template=asked.reference,
+            optimizer_state=self.optimizer_state,
+        )
+        return to_record(released), self._gate.of_training(contents)
+
+    @final
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nodes to evaluate, only where their metrics are let through as not private."""
+        nodes = self._gate.evaluators(self._registry.node_ids(grid))
+        self._evaluating = frozenset(nodes)
+        return to_messages(
+            nodes, MessageType.EVALUATE, server_round=server_round, arrays=arrays, config=config
+        )
+
+    @final
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the nodes' metrics, marked, None where they are dropped."""
+        return self._gate.of_evaluation(replies, asked=self._evaluating, group=str(server_round))
+
+    # --- what the user sees ---------------------------------------------------------------------
+
+    @property
+    def clip_norm(self) -> float:
+        """The clip norm of the next round, a released value."""
+        return self._plan.clipping.initial_clip_norm if self._run is None else self._run.clip_norm
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise multiplier that the ledger charges, None until the plan is fixed."""
+        return None if self._run is None else self._run.noise_multiplier
+
+    def privacy_spent(self) -> PrivacyStatement | None:
+        """Return what the data set has spent; None where the noise was seeded.
+
+        Only while the strategy runs; afterwards it is ``result.privacy``.
+        """
+        return self._running().ledger.spent() if self._plan.rng.protects else None
+
+    def summary(self) -> None:
+        """Log what will be done, before the first round."""
+        request = self._plan.request
+        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
+        log.info("\t├──> Sampling: %s", request.sampling)
+        log.info("\t├──> Clipping: %s", self._plan.clipping)
+        if self._run is not None:
+            log.info("\t├──> Noise multiplier: %.4f", self._run.noise_multiplier)
+        if not self._plan.rng.protects:
+            log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
+        if self._gate.open:
+            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
+        log.info("\t└──> Budget: %s", request.budget or "none")
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _running(self) -> PrivateRun:
+        if self._run is None:
+            raise RuntimeError("the strategy has no plan yet: call start(), or prepare() first")
+        return self._run
+
+    def _stop_reason(self) -> Stopped | None:
+        return None if self._running().affordable else Stopped.BUDGET_SPENT
+
+    def _progress(self, server_round: int, num_rounds: int) -> str:
+        if not self._plan.rng.protects:
+            return "no epsilon: the noise is seeded"
+        every = max(1, num_rounds // 10)
+        if server_round % every and server_round != num_rounds:
+            return f"{server_round} releases charged"
+        budget = self._plan.request.budget
+        spent = f"epsilon {self._running().ledger.epsilon():.3f}"
+        return spent if budget is None else f"{spent} of {budget.epsilon:g}"

@@ -1,0 +1,97 @@
+"""Reads the replies of one round; whatever is wrong with one becomes a dropout.
+
+A reply counts once, from a node that was asked, in this round. Nothing a client wrote is logged:
+texts of errors, names of extra records and shapes are the client's and may carry its data.
+"""
+
+import logging
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from numpy.typing import NDArray
+
+from dpfl_flower import records
+from dpfl_flower.layout import ArrayLayout
+
+log = logging.getLogger("flwr.dpfl")
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """One valid training reply.
+
+    ``num_examples`` is what the client reports, NaN where it reports none: never a trusted number.
+    """
+
+    node_id: int
+    arrays: Mapping[str, NDArray[np.generic]]
+    num_examples: float
+    metrics: MetricRecord
+    privacy: ConfigRecord | None
+
+
+def accepted(
+    replies: Iterable[Message], *, asked: Collection[int], group: str
+) -> Iterator[Message]:
+    """Yield each reply that carries content, from a node in ``asked``, once, of this ``group``."""
+    waiting = set(asked)
+    for reply in replies:
+        node_id = reply.metadata.src_node_id
+        if reply.metadata.group_id != group or node_id not in waiting:
+            log.warning("A reply that nobody waits for was ignored (node %d)", node_id)
+            continue
+        waiting.discard(node_id)
+        if reply.has_error():
+            log.info("NOT PRIVATE: node %d answered error code %d", node_id, reply.error.code)
+            continue
+        yield reply
+
+
+def _arrays(reply: Message) -> dict[str, NDArray[np.generic]]:
+    found = reply.content.array_records
+    record = found[records.ARRAYS] if records.ARRAYS in found else _only(found)
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def _only(found: Mapping[str, ArrayRecord]) -> ArrayRecord:
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} array records, expected 1")
+    return next(iter(found.values()))
+
+
+def _metrics(reply: Message) -> MetricRecord:
+    found = reply.content.metric_records
+    if records.METRICS in found:
+        return found[records.METRICS]
+    return next(iter(found.values())) if len(found) == 1 else MetricRecord()
+
+
+def num_examples(metrics: MetricRecord) -> float:
+    """Return the reported number of examples, NaN where there is none or it is no number."""
+    value = metrics.get(records.NUM_EXAMPLES)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def parse_train(reply: Message, layout: ArrayLayout) -> TrainReply | None:
+    """Return the reply's arrays, checked against ``layout``, or None where they do not fit it."""
+    try:
+        arrays = _arrays(reply)
+        layout.check(arrays)
+        metrics = _metrics(reply)
+        return TrainReply(
+            node_id=reply.metadata.src_node_id,
+            arrays=arrays,
+            num_examples=num_examples(metrics),
+            metrics=metrics,
+            privacy=reply.content.config_records.get(records.PRIVACY),
+        )
+    except Exception as malformed:
+        log.warning(
+            "NOT PRIVATE: a malformed reply of node %d counts as a dropout (%s)",
+            reply.metadata.src_node_id,
+            type(malformed).__name__,
+        )
+        return None

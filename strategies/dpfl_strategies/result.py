@@ -1,0 +1,46 @@
+"""What a private run returns: Flower's result, what it cost, and why it ended."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from flwr.serverapp.strategy import Result
+
+from dpfl_flower.accounting import PrivacyStatement
+from dpfl_strategies.node_privacy import NodePrivacyReport
+
+
+class Stopped(StrEnum):
+    """Why a run ended."""
+
+    ALL_ROUNDS_DONE = "all planned rounds are done"
+    BUDGET_SPENT = "the privacy budget does not allow another round"
+
+
+@dataclass(repr=False)
+class PrivateResult(Result):
+    """Flower's :class:`Result` with the privacy statement of the run.
+
+    Attributes
+    ----------
+    privacy:
+        What the data set has spent, None where the noise was seeded (such noise protects nobody)
+        or where the nodes account for themselves (then see ``node_privacy``).
+    node_privacy:
+        Per-node claims, for strategies whose nodes add their own noise.
+    stopped:
+        Why the run ended.
+    rounds:
+        Rounds whose model was released, counted from the start of the run, resumed parts included.
+    """
+
+    privacy: PrivacyStatement | None = None
+    node_privacy: NodePrivacyReport | None = None
+    stopped: Stopped = Stopped.ALL_ROUNDS_DONE
+    rounds: int = 0
+
+    def __repr__(self) -> str:
+        """Flower's text, then the privacy statement."""
+        spent = self.privacy or self.node_privacy
+        claim = "none is claimed (the noise was seeded)" if spent is None else str(spent)
+        ended = f"Ended after {self.rounds} rounds: {self.stopped}"
+        return f"{super().__repr__()}\nPrivacy: {claim}\n{ended}\n"

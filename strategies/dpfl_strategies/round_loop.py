@@ -1,0 +1,150 @@
+"""The round loop that all strategies here share: ask, aggregate, evaluate, until told to stop."""
+
+import io
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from dpfl_strategies.result import PrivateResult, Stopped
+
+log = logging.getLogger("flwr.dpfl")
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class AllClientsFailed(RuntimeError):
+    """Everybody who was asked failed, round after round: the run is broken, not unlucky."""
+
+
+@dataclass
+class FailureWatch:
+    """Counts consecutive rounds in which somebody was asked and nobody gave a valid answer.
+
+    Flower ends such a run "successfully"; here it is an error. The count depends on which nodes
+    answer, not on what they hold; it is shown to the operator only and never stored.
+    """
+
+    give_up_after: int | None
+    failed_rounds: int = field(default=0, init=False)
+    ever_answered: bool = field(default=False, init=False)
+
+    def record(self, *, asked: int, answered: int) -> None:
+        """Count one round; raise AllClientsFailed when there were too many in a row."""
+        if answered:
+            self.ever_answered = True
+            self.failed_rounds = 0
+        elif asked:
+            self.failed_rounds += 1
+        if self.give_up_after is not None and self.failed_rounds >= self.give_up_after:
+            raise AllClientsFailed(
+                f"in {self.failed_rounds} rounds in a row every node that was asked failed, gave "
+                "no answer in time, or answered something malformed; look at the nodes' own logs"
+            )
+
+    def finish(self) -> None:
+        """Raise AllClientsFailed where somebody was asked in this run and nobody ever answered."""
+        if self.failed_rounds and not self.ever_answered and self.give_up_after is not None:
+            raise AllClientsFailed(
+                "every node that was asked in this run failed; look at the nodes' own logs"
+            )
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What the loop needs beside Flower's own Strategy methods.
+
+    Attributes
+    ----------
+    failures:
+        The watch over rounds in which everybody failed.
+    stop_reason:
+        Returns why no further round may be asked for, None where one may.
+    progress:
+        Given the round, returns a few words on what has been spent so far.
+    """
+
+    failures: FailureWatch
+    stop_reason: Callable[[], Stopped | None]
+    progress: Callable[[int], str]
+
+
+def run_rounds(
+    strategy: Strategy,
+    hooks: LoopHooks,
+    result: PrivateResult,
+    *,
+    grid: Grid,
+    arrays: ArrayRecord,
+    first_round: int,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord | None,
+    evaluate_config: ConfigRecord | None,
+    evaluate_fn: EvaluateFn | None,
+) -> PrivateResult:
+    """Run rounds ``first_round`` to ``num_rounds`` and fill ``result``.
+
+    Messages go out once a round; replies that come after ``timeout`` seconds are never looked at,
+    and nobody is asked in place of a node that did not answer.
+    """
+    result.arrays, result.rounds = arrays, first_round - 1
+    started = time.monotonic()
+    if evaluate_fn is not None:
+        _keep(
+            result.evaluate_metrics_serverapp, first_round - 1, evaluate_fn(first_round - 1, arrays)
+        )
+    for server_round in range(first_round, num_rounds + 1):
+        reason = hooks.stop_reason()
+        if reason is not None:
+            result.stopped = reason
+            log.warning("Stopping before round %d of %d: %s", server_round, num_rounds, reason)
+            break
+        messages = strategy.configure_train(
+            server_round, arrays, ConfigRecord(dict(train_config or {})), grid
+        )
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        released, train_metrics = strategy.aggregate_train(server_round, replies)
+        arrays = arrays if released is None else released
+        result.arrays, result.rounds = arrays, server_round
+        _keep(result.train_metrics_clientapp, server_round, train_metrics)
+        evaluations = list(
+            strategy.configure_evaluate(
+                server_round, arrays, ConfigRecord(dict(evaluate_config or {})), grid
+            )
+        )
+        if evaluations:
+            metrics = strategy.aggregate_evaluate(
+                server_round, grid.send_and_receive(evaluations, timeout=timeout)
+            )
+            _keep(result.evaluate_metrics_clientapp, server_round, metrics)
+        if evaluate_fn is not None:
+            _keep(
+                result.evaluate_metrics_serverapp, server_round, evaluate_fn(server_round, arrays)
+            )
+        elapsed = time.monotonic() - started
+        left = elapsed / (server_round - first_round + 1) * (num_rounds - server_round)
+        log.info(
+            "[ROUND %d/%d] %s, about %.0f s left",
+            server_round,
+            num_rounds,
+            hooks.progress(server_round),
+            left,
+        )
+    hooks.failures.finish()
+    return result
+
+
+def _keep(kept: dict[int, MetricRecord], server_round: int, metrics: MetricRecord | None) -> None:
+    if metrics is not None:
+        kept[server_round] = metrics
+
+
+def log_result(result: PrivateResult) -> None:
+    """Log the result line by line, as Flower does."""
+    for line in io.StringIO(repr(result)):
+        log.info("\t%s", line.rstrip("\n"))

@@ -1,0 +1,228 @@
+"""Federated averaging of nodes that train with DP-SGD: every node adds its own noise.
+
+What a node answers is private already, so nothing here costs privacy: averaging, momentum and
+checkpoints are post-processing. The server collects what each node claims to have spent.
+"""
+
+import logging
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from dpfl_flower import checks, records
+from dpfl_flower.layout import ArrayLayout
+from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
+from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
+from dpfl_strategies.registry import Registry
+from dpfl_strategies.replies import TrainReply, accepted, parse_train
+from dpfl_strategies.result import PrivateResult
+from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
+
+log = logging.getLogger("flwr.dpfl")
+
+
+class SampleLevelFedAvg(Strategy):
+    """Averages what DP-SGD nodes return, by public weights, and reports what each has spent.
+
+    Every node of the population is asked in every round. A reply without a readable privacy claim
+    (see :class:`~dpfl_flower.client.DPSGDClient`) counts as a dropout, so that no model trained
+    without one enters the average. Weights are the replies' ``num-examples``, which a DP-SGD node
+    fills with a public constant, never with its record count.
+
+    Parameters
+    ----------
+    population:
+        Number of nodes.
+    server_optimizer:
+        Plain averaging by default.
+    checkpoint_dir:
+        Where the model is kept after each round; ``start`` resumes from it.
+    metrics, train_metrics_aggr_fn, evaluate_metrics_aggr_fn, fraction_evaluate:
+        As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+    wait_seconds, give_up_after:
+        Likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        population: int,
+        server_optimizer: ServerOptimizer | None = None,
+        checkpoint_dir: str | Path | None = None,
+        metrics: ClientMetrics | str = ClientMetrics.DROPPED,
+        train_metrics_aggr_fn: AggregateMetrics | None = None,
+        evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
+        fraction_evaluate: float = 1.0,
+        wait_seconds: float = 600.0,
+        give_up_after: int | None = 3,
+    ) -> None:
+        self._registry = Registry(population, wait_seconds=wait_seconds)
+        self._gate = MetricsGate(
+            metrics,
+            fraction_evaluate=fraction_evaluate,
+            train_metrics_aggr_fn=train_metrics_aggr_fn,
+            evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
+        )
+        self.server_optimizer = server_optimizer or FedAvg()
+        self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
+        self._give_up_after = give_up_after
+        self._failures = FailureWatch(give_up_after)
+        self._claims: dict[int, NodeClaim] = {}
+        self._optimizer_state: State = {}
+        self._asked: tuple[int, frozenset[int], Arrays] | None = None
+        self._evaluating: frozenset[int] = frozenset()
+        self._run_name = ""
+
+    @property
+    def node_privacy(self) -> NodePrivacyReport:
+        """The newest claim of each node."""
+        return NodePrivacyReport(dict(self._claims))
+
+    @final
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> PrivateResult:
+        """Run ``num_rounds`` rounds, going on from the checkpoint where there is one.
+
+        Raises
+        ------
+        AllClientsFailed, PopulationNotReached, CheckpointError
+            As for :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+        """
+        checks.positive_int(num_rounds=num_rounds)
+        self._failures = FailureWatch(self._give_up_after)
+        self._claims, self._optimizer_state = {}, {}
+        arrays, first_round = self._resume(initial_arrays)
+        self.summary()
+        result = run_rounds(
+            self,
+            LoopHooks(self._failures, stop_reason=lambda: None, progress=self._progress),
+            PrivateResult(),
+            grid=grid,
+            arrays=arrays,
+            first_round=first_round,
+            num_rounds=num_rounds,
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+        )
+        result.node_privacy = self.node_privacy
+        log_result(result)
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every node of the population."""
+        nodes = self._registry.node_ids(grid)
+        self._asked = (server_round, frozenset(nodes), from_record(arrays))
+        return to_messages(
+            nodes, MessageType.TRAIN, server_round=server_round, arrays=arrays, config=config
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the next model; the model stays as it is where nobody answered."""
+        if self._asked is None or self._asked[0] != server_round:
+            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
+        (_, asked, reference), self._asked = self._asked, None
+        layout = ArrayLayout.of(reference)
+        current = layout.flatten(reference)
+        total, weights, answered = np.zeros_like(current), 0.0, []
+        for message in accepted(replies, asked=asked, group=str(server_round)):
+            reply = parse_train(message, layout)
+            if reply is None or not self._claimed(reply):
+                continue
+            vector = layout.flatten(reply.arrays)
+            weight = reply.num_examples if reply.num_examples > 0 else 0.0
+            if not (np.isfinite(vector).all() and np.isfinite(weight)):
+                log.warning("Node %d answered numbers that are not finite", reply.node_id)
+                continue
+            total += weight * (vector - current)
+            weights += weight
+            answered.append(RecordDict({records.METRICS: reply.metrics}))
+        self._failures.record(asked=len(asked), answered=len(answered))
+        mean = total / weights if weights else total
+        vector, self._optimizer_state = self.server_optimizer.step(
+            current, mean, self._optimizer_state
+        )
+        model = layout.restore(vector, reference)
+        if self._checkpoints is not None:
+            self._checkpoints.save(
+                RunState(
+                    run=self._run_name,
+                    server_round=server_round,
+                    model=model,
+                    optimizer_state=self._optimizer_state,
+                    settings=self._settings(),
+                )
+            )
+        return to_record(model), self._gate.of_training(answered)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nodes to evaluate, only where their metrics are let through as not private."""
+        nodes = self._gate.evaluators(self._registry.node_ids(grid))
+        self._evaluating = frozenset(nodes)
+        return to_messages(
+            nodes, MessageType.EVALUATE, server_round=server_round, arrays=arrays, config=config
+        )
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the nodes' metrics, marked, None where they are dropped."""
+        return self._gate.of_evaluation(replies, asked=self._evaluating, group=str(server_round))
+
+    def summary(self) -> None:
+        """Log what will be done, before the first round."""
+        log.info("\t├──> Every node trains with DP-SGD and adds its own noise")
+        if self._gate.open:
+            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
+        log.info("\t└──> Server optimizer: %s", self.server_optimizer)
+
+    def _claimed(self, reply: TrainReply) -> bool:
+        claim = read_claim(reply.node_id, reply.privacy)
+        if claim is not None:
+            self._claims[reply.node_id] = claim
+        return claim is not None
+
+    def _progress(self, server_round: int) -> str:
+        worst = self.node_privacy.worst
+        return "no claim yet" if worst is None else f"worst node at epsilon {worst.epsilon:.3f}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"strategy": type(self).__name__, "server_optimizer": repr(self.server_optimizer)}
+
+    def _resume(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
+        self._run_name = uuid.uuid4().hex
+        state = None if self._checkpoints is None else self._checkpoints.load()
+        if state is None:
+            return initial_arrays, 1
+        ArrayLayout.of(state.model).check(from_record(initial_arrays))
+        if dict(state.settings) != self._settings():
+            raise CheckpointError(
+                f"settings={self._settings()} must be {dict(state.settings)}, as when the run in "
+                "the checkpoint began; give another checkpoint_dir to begin a new run"
+            )
+        self._run_name, self._optimizer_state = state.run, dict(state.optimizer_state)
+        return to_record(state.model), state.server_round + 1

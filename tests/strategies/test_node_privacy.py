@@ -1,0 +1,88 @@
+import json
+import logging
+import math
+
+import pytest
+from flwr.app import ConfigRecord
+
+from dpfl_flower.accounting import Gaussian, PoissonSampled, Relation, epsilon
+from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
+
+
+def claim_record(**changes):
+    fields = {
+        "dataset": "cleveland",
+        "epsilon": 1.0,
+        "delta": 1e-4,
+        "unit": "example",
+        "relation": "add-or-remove-one",
+        "durable": True,
+        "events": json.dumps([Gaussian(20.0).to_json()]),
+    } | changes
+    return ConfigRecord({name: value for name, value in fields.items() if value is not None})
+
+
+def test_a_claim_is_never_believed_below_what_its_events_cost():
+    events = [PoissonSampled(0.1, Gaussian(1.0))] * 3
+    text = json.dumps([event.to_json() for event in events])
+    honest = epsilon(events, delta=1e-4, relation=Relation.ADD_OR_REMOVE_ONE)
+    assert NodeClaim.from_record(claim_record(epsilon=0.1, events=text)).epsilon == honest
+    assert NodeClaim.from_record(claim_record(epsilon=9.0, events=text)).epsilon == 9.0
+
+
+def test_the_report_names_the_worst_node_and_the_composition_of_all():
+    loud = json.dumps([Gaussian(2.0).to_json()])
+    claims = {
+        1: NodeClaim.from_record(claim_record(epsilon=0.0)),
+        2: NodeClaim.from_record(claim_record(epsilon=0.0, events=loud, dataset="zurich")),
+    }
+    report = NodePrivacyReport(claims)
+    everywhere = epsilon(
+        [Gaussian(20.0), Gaussian(2.0)], delta=1e-4, relation=Relation.ADD_OR_REMOVE_ONE
+    )
+    assert report.worst.dataset == "zurich"
+    assert report.epsilon_everywhere() == pytest.approx(everywhere)
+    assert report.epsilon_everywhere() > report.worst.epsilon
+    assert "all 2 nodes" in str(report)
+    assert "this run only" not in str(report)
+
+
+def test_claims_under_different_relations_do_not_compose():
+    report = NodePrivacyReport(
+        {
+            1: NodeClaim.from_record(claim_record()),
+            2: NodeClaim.from_record(claim_record(relation="replace-one", durable=False)),
+        }
+    )
+    assert report.epsilon_everywhere() == math.inf
+    assert "this run only" in str(report)
+
+
+def test_without_claims_there_is_nothing_to_report():
+    empty = NodePrivacyReport()
+    assert empty.worst is None
+    assert empty.epsilon_everywhere() == 0.0
+    assert "no node" in str(empty)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"delta": None},
+        {"delta": 0.0},
+        {"delta": "x"},
+        {"epsilon": math.nan},
+        {"epsilon": -1.0},
+        {"relation": "neighbours"},
+        {"unit": "planet"},
+        {"events": "{"},
+        {"events": "[1]"},
+        {"events": json.dumps([{"kind": "sentinel"}])},
+    ],
+)
+def test_a_claim_that_cannot_be_read_is_no_claim(changes, caplog):
+    caplog.set_level(logging.DEBUG)
+    assert read_claim(1, claim_record(**changes)) is None
+    assert read_claim(1, None) is None
+    assert "counts as a dropout" in caplog.text
+    assert "sentinel" not in caplog.text

@@ -1,0 +1,34 @@
+import re
+from pathlib import Path
+
+import numpy as np
+
+from dpfl_strategies import DPFedAvg
+from tests.support.recording_grid import RecordingGrid, adding, record
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def code_after(marker):
+    return re.search(re.escape(marker) + r"\n```python\n(.*?)```", README.read_text(), re.S)[1]
+
+
+def test_the_readmes_subclass_runs_as_written():
+    code = code_after("<!-- executed by tests/test_readme.py -->")
+    body = [line for line in code.splitlines() if line.strip()]
+    assert len(body) <= 16
+    names = {}
+    exec(code, names)  # noqa: S102  the point of the test
+    strategy = names["strategy"]
+    assert isinstance(strategy, DPFedAvg)
+    grid = RecordingGrid(adding(0.1), 10)
+    result = strategy.start(grid, record(np.zeros(4, np.float32)), num_rounds=4)
+    assert result.rounds == 4
+    assert 0 < result.privacy.epsilon <= 4.0
+
+
+def test_the_readmes_one_changed_line_is_a_strategy():
+    code = code_after("## Change one line\n")
+    names = {}
+    exec(code, names)  # noqa: S102
+    assert isinstance(names["strategy"], DPFedAvg)
