@@ -31,6 +31,7 @@ def calibrate(
     rounds: int,
     *,
     prior: Sequence[Event] = (),
+    total_variation: float = 0.0,
 ) -> float:
     """Return the smallest Gaussian noise multiplier that keeps ``rounds`` within ``budget``.
 
@@ -44,6 +45,8 @@ def calibrate(
         At least 1.
     prior : sequence of Event
         What was released about the same data before: a ledger's ``events()``.
+    total_variation : float
+        As in `accountant.epsilon`, for all of it together.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def calibrate(
         release = Gaussian(noise_multiplier)
         return Composed(release if sampling is None else sampling.event(release), rounds)
 
-    return calibrate_event(planned, budget, prior=prior)
+    return calibrate_event(planned, budget, prior=prior, total_variation=total_variation)
 
 
 def calibrate_event(
@@ -73,6 +76,7 @@ def calibrate_event(
     budget: PrivacyBudget,
     *,
     prior: Sequence[Event] = (),
+    total_variation: float = 0.0,
 ) -> float:
     """Return the smallest noise multiplier for which ``make_event`` stays within ``budget``.
 
@@ -88,12 +92,14 @@ def calibrate_event(
 
     def solve() -> float:
         def price(noise_multiplier: float) -> Price:
-            return Price([*prior, make_event(noise_multiplier)], budget.relation)
+            events = [*prior, make_event(noise_multiplier)]
+            return Price(events, budget.relation, total_variation=total_variation)
 
         return smallest_within(price, budget.epsilon, budget.delta, tolerance=_TOLERANCE)
 
     # Two probes tell families of events apart; the answer is stored with the event it is true of.
-    key = ["calibrate", budget, prior, make_event(0.7182818), make_event(3.1415926)]
+    probes = [make_event(0.7182818), make_event(3.1415926)]
+    key = ["calibrate", budget, prior, *probes, total_variation]
     try:
         return remembered(key, solve, proof=make_event)
     except NotBracketed:

@@ -1,8 +1,8 @@
 """Which of several releases is the dearest, whatever it is composed with.
 
 A pair of distributions whose privacy profile delta(epsilon) lies above another's everywhere stays
-above it under composition with anything else (Zhu, Dong & Wang, arXiv 2106.08567, Theorem 10 and
-Corollary 11), so single releases priced in isolation decide.
+above it under composition with anything else (Zhu, Dong & Wang, arXiv 2106.08567, Theorem 10), so
+single releases priced in isolation decide.
 
 >>> from dpfl_flower.accounting.events import Gaussian
 >>> dearest([Gaussian(2.0), Gaussian(1.0)], Relation.ADD_OR_REMOVE_ONE)
@@ -17,6 +17,9 @@ from dpfl_flower.accounting.units import Relation
 
 # Where profiles are compared; between and beyond these points they are taken to keep their order.
 _EPSILONS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+# What the pricing of one release is exact to.
+_ROUNDING = 1e-15
 
 
 def dearest(events: Iterable[Event], relation: Relation) -> list[Event]:
@@ -45,7 +48,7 @@ def _dominates(
     # Fixed-size samples are priced by Rényi curves, whose bounds do not rank against others.
     if _is_fixed_size(event) != _is_fixed_size(other):
         return False
-    return all(a >= b for a, b in zip(profile, other_profile, strict=True))
+    return all(a >= b - _ROUNDING for a, b in zip(profile, other_profile, strict=True))
 
 
 def _is_fixed_size(event: Event) -> bool:

@@ -111,7 +111,7 @@ class Ledger:
         """
         header = _header(dataset, delta, unit, relation, budget)
         non_negative(wait_seconds=wait_seconds)
-        file = LedgerFile.lock(Path(path).absolute(), wait_seconds=wait_seconds)
+        file = LedgerFile.lock(Path(path).resolve(), wait_seconds=wait_seconds)
         try:
             ledger = cls(header, file=file, budget=budget)
             ledger._load(header, accept_missing_head=accept_missing_head)

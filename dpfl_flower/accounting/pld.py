@@ -14,9 +14,11 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution as pld
 
+from dpfl_flower.accounting import poisson
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
     Event,
@@ -31,10 +33,12 @@ STANDARD_INTERVAL = 1e-4
 # Below this delta the rounding errors of the FFT (about 1e-13) are no longer small beside it.
 SMALLEST_DELTA = 1e-10
 
+_GRID_POINTS_WANTED = 2_000
 _GRID_POINTS_SINGLE = 400_000
 _GRID_POINTS_COMPOSED = 1_000_000
-_COARSE_ERROR = 0.01
-_COARSE_POINTS = 4_000
+_MOST_HALVINGS = 20
+_COARSE_ERROR = 1e-3
+_COARSE_POINTS = 8_000
 # e^-50 of the mass is cut from each tail: 9.6 standard deviations.
 _TAIL = 9.6
 
@@ -72,27 +76,35 @@ def _distribution(event: Event, relation: Relation, interval: float) -> Any:
             scale = b / 2 if relation is Relation.REPLACE_ONE else b
             return pld.from_laplace_mechanism(scale, value_discretization_interval=interval)
         case PoissonSampled(rate=rate, event=Gaussian(noise_multiplier=z)):
-            return pld.from_gaussian_mechanism(
-                z,
-                value_discretization_interval=interval,
-                sampling_prob=rate,
-                neighboring_relation=neighbours,
-            )
+            replace = relation is Relation.REPLACE_ONE
+            return poisson.distribution(rate, z, replace=replace, interval=interval)
         case PoissonSampled(rate=rate, event=Laplace(noise_multiplier=b)):
             return pld.from_laplace_mechanism(
                 b, value_discretization_interval=interval, sampling_prob=rate
             )
         case CappedPoissonSampled():
-            return pld.from_truncated_subsampled_gaussian_mechanism(
-                dataset_size=event.population,
-                sampling_probability=event.rate,
-                truncated_batch_size=event.cap,
-                noise_multiplier=event.noise_multiplier,
-                value_discretization_interval=interval,
-                neighboring_relation=neighbours,
-            )
+            return _capped(event, relation, interval)
         case _:
             raise TypeError(f"{event!r} has no privacy loss distribution")
+
+
+def _capped(event: CappedPoissonSampled, relation: Relation, interval: float) -> Any:
+    """Return the distribution of one release on a Poisson sample that is cut to a cap.
+
+    dp-accounting's ``from_truncated_subsampled_gaussian_mechanism`` (its supplement on privacy loss
+    distributions, Section 4.3): a mixture over whether the others alone reach the cap. If they do,
+    a unit that joins pushes another one out: twice the sensitivity, bounded under every relation by
+    replacing, for the unit's chance to be in given that.
+    """
+    z = event.noise_multiplier
+    plain = _distribution(PoissonSampled(event.rate, Gaussian(z)), relation, interval)
+    full = float(scipy.stats.binom.sf(event.cap - 1, event.population - 1, event.rate))
+    if full == 0:
+        return plain
+    overfull = float(scipy.stats.binom.sf(event.cap, event.population, event.rate))
+    chance = overfull * event.cap / full / event.population
+    pushing = poisson.distribution(chance, z / 2, replace=True, interval=interval)
+    return pushing.compute_mixture(plain, full)
 
 
 def compose(counts: Mapping[Event, int], relation: Relation, interval: float) -> Any:
@@ -142,30 +154,32 @@ def approximate_mu(counts: Mapping[Event, int], relation: Relation) -> float:
 
 
 def interval_for(counts: Mapping[Event, int], relation: Relation) -> float:
-    """Return the grid to use: `STANDARD_INTERVAL`, doubled as often as memory asks.
+    """Return the grid to use: `STANDARD_INTERVAL` times a power of two.
 
-    A coarser grid is pessimistic too; it is needed only where epsilon is in the hundreds.
+    Finer where single releases leak so little that the standard grid would hardly resolve them,
+    coarser where memory asks for it (epsilon in the hundreds); pessimistic always. More events, or
+    more of each, never make it finer.
     """
     mu = approximate_mu(counts, relation)
-    composed = 2 * (_TAIL * mu + mu * mu / 2)
     single = max(_loss_range(event, relation) for event in counts)
-    ratio = max(
-        composed / (STANDARD_INTERVAL * _GRID_POINTS_COMPOSED),
-        single / (STANDARD_INTERVAL * _GRID_POINTS_SINGLE),
+    wanted = max(
+        2 * (_TAIL * mu + mu * mu / 2) / _GRID_POINTS_COMPOSED,
+        single / _GRID_POINTS_SINGLE,
+        min(STANDARD_INTERVAL, single / _GRID_POINTS_WANTED),
     )
-    return STANDARD_INTERVAL * 2.0 ** max(0, math.ceil(math.log2(ratio)))
+    doublings = math.ceil(math.log2(wanted / STANDARD_INTERVAL))
+    return STANDARD_INTERVAL * 2.0 ** max(-_MOST_HALVINGS, doublings)
 
 
 def coarsest(counts: Mapping[Event, int], relation: Relation, epsilon: float) -> int:
-    """Return how many times coarser a grid may be for an epsilon that is right to a percent.
+    """Return how many times coarser a grid may be for an epsilon that is about right.
 
     Each composition adds up to about interval^2 / 4 to the mean loss.
     """
     standard = interval_for(counts, relation)
     by_error = math.sqrt(_COARSE_ERROR * epsilon / sum(counts.values()))
     by_points = max(_loss_range(event, relation) for event in counts) / _COARSE_POINTS
-    ratio = min(by_error, by_points) / standard
-    return 2 ** max(0, math.floor(math.log2(ratio))) if ratio > 0 else 1
+    return 1 << max(0, math.floor(math.log2(min(by_error, by_points) / standard)))
 
 
 def _loss_range(event: Event, relation: Relation) -> float:
@@ -173,10 +187,16 @@ def _loss_range(event: Event, relation: Relation) -> float:
     match event:
         case Laplace(noise_multiplier=b) | PoissonSampled(event=Laplace(noise_multiplier=b)):
             return 2 / b
-        case Gaussian(noise_multiplier=z) | PoissonSampled(event=Gaussian(noise_multiplier=z)):
-            mu = (2 if relation is Relation.REPLACE_ONE else 1) / z
+        case Gaussian(noise_multiplier=z):
+            return _gaussian_range((2 if relation is Relation.REPLACE_ONE else 1) / z)
+        case PoissonSampled(rate=rate, event=Gaussian(noise_multiplier=z)):
+            plain = _gaussian_range((2 if relation is Relation.REPLACE_ONE else 1) / z)
+            return math.log1p(rate * math.expm1(plain)) if plain < 700 else plain
         case CappedPoissonSampled(noise_multiplier=z):
-            mu = 4 / z  # what truncation shifts is priced at twice the sensitivity, as replace-one
+            return _gaussian_range(4 / z)  # twice the sensitivity, as replace-one
         case _:
             raise TypeError(f"{event!r} has no privacy loss distribution")
+
+
+def _gaussian_range(mu: float) -> float:
     return _TAIL * mu + mu * mu / 2

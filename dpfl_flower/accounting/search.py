@@ -178,7 +178,7 @@ def _next_count(n: int, found: float, last: tuple[float, float] | None, target: 
     x, gap = math.log(n), _gap(found, target)
     slope = 0.75  # between the square root of few releases and the linear growth of many
     if last is not None and x != last[0]:
-        slope = max(0.3, min(2.0, (gap - last[1]) / (x - last[0])))
+        slope = max(0.05, min(3.0, (gap - last[1]) / (x - last[0])))
     return math.floor(math.exp(min(40.0, x - gap / slope)))
 
 
