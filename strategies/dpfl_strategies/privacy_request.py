@@ -88,9 +88,14 @@ class PrivacyRequest:
             relation=relation,
         )
 
-    def solve(self, num_rounds: int, *, prior: Sequence[Event]) -> float:
-        """Return the noise multiplier for ``num_rounds`` rounds after the ``prior`` events."""
+    def solve(self, num_rounds: int, *, prior: Sequence[Event], total_variation: float) -> float:
+        """Return the noise multiplier for ``num_rounds`` rounds after the ``prior`` events.
+
+        ``total_variation`` bounds how far all the noise drawn is from its exact distribution.
+        """
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.budget is not None
-        return calibrate(self.budget, self.sampling, num_rounds, prior=prior)
+        return calibrate(
+            self.budget, self.sampling, num_rounds, prior=prior, total_variation=total_variation
+        )

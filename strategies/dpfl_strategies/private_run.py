@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpfl_flower.accounting import Gaussian, Ledger
 from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
 from dpfl_flower.layout import ArrayLayout
-from dpfl_flower.noise import RoundedGaussian
+from dpfl_flower.noise.rounded_gaussian import MAX_SCALE, RoundedGaussian
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.central_release import CentralRelease, NoisyMean
@@ -87,7 +87,12 @@ class PrivatePlan:
     def _begin(
         self, ledger: Ledger, model: Arrays, num_rounds: int, settings: Mapping[str, str]
     ) -> "PrivateRun":
-        multiplier = self.request.solve(num_rounds, prior=ledger.events())
+        # The scale of the noise is not known yet: no table strays further than the largest one's.
+        most = RoundedGaussian(MAX_SCALE).total_variation
+        entries = ArrayLayout.of(model).dimension + 1
+        multiplier = self.request.solve(
+            num_rounds, prior=ledger.events(), total_variation=most * entries * num_rounds
+        )
         grid = self._grid(model, multiplier)
         state = RunState(
             run=uuid.uuid4().hex,
