@@ -34,6 +34,7 @@ from dpfl_flower.accounting.events import (
     events_from_json,
     events_to_json,
 )
+from dpfl_flower.accounting.flower_accountant import LedgerAccountant
 from dpfl_flower.accounting.ledger import Ledger
 from dpfl_flower.accounting.ledger_file import LedgerPosition
 from dpfl_flower.accounting.plan import Plan
@@ -61,6 +62,7 @@ __all__ = [
     "Gaussian",
     "Laplace",
     "Ledger",
+    "LedgerAccountant",
     "LedgerError",
     "LedgerLocked",
     "LedgerPosition",

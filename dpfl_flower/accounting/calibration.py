@@ -83,18 +83,18 @@ def calibrate_event(
     ``make_event`` returns everything that is planned, composed, for a noise multiplier; more noise
     must not cost more. See `calibrate` for the rest.
     """
-    before = Price(prior, budget.relation)
-    if before.epsilon(budget.delta) >= budget.epsilon:
-        raise ValueError(
-            f"prior events cost epsilon {before.epsilon(budget.delta):g}, which must be "
-            f"< {budget.epsilon:g} to leave room for more"
-        )
+
+    def price(noise_multiplier: float) -> Price:
+        events = [*prior, make_event(noise_multiplier)]
+        return Price(events, budget.relation, total_variation=total_variation)
 
     def solve() -> float:
-        def price(noise_multiplier: float) -> Price:
-            events = [*prior, make_event(noise_multiplier)]
-            return Price(events, budget.relation, total_variation=total_variation)
-
+        spent = Price(prior, budget.relation).epsilon(budget.delta)
+        if spent >= budget.epsilon:
+            raise ValueError(
+                f"prior events cost epsilon {spent:g}, which must be < {budget.epsilon:g} "
+                "to leave room for more"
+            )
         return smallest_within(price, budget.epsilon, budget.delta, tolerance=_TOLERANCE)
 
     # Two probes tell families of events apart; the answer is stored with the event it is true of.
