@@ -18,6 +18,7 @@ silent is missing from the replies.
 
 import contextlib
 import copy
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from types import TracebackType
@@ -35,7 +36,6 @@ __all__ = ["Fault", "InProcessGrid", "NodeConfig"]
 NodeConfig = Mapping[str, bool | int | float | str]
 """What ``flower-supernode --node-config`` sets."""
 
-_RUN_ID: Final = 1
 _SERVER: Final = 1
 _FIRST_NODE: Final = 1000
 
@@ -84,9 +84,11 @@ class InProcessGrid(Grid):
             raise ValueError(f"node_configs holds {len(node_configs)}, not {num_supernodes}")
         self._client_app = client_app
         self._fault = fault or (lambda message: None)
+        # Random, as Flower's: a node's ledger keeps one plan for each run id.
+        self._run = Run.create_empty(run_id=1 + secrets.randbelow(2**63 - 1))
         self._contexts = {
             _FIRST_NODE + i: Context(
-                run_id=_RUN_ID,
+                run_id=self._run.run_id,
                 node_id=_FIRST_NODE + i,
                 node_config={
                     "partition-id": i,
@@ -99,12 +101,11 @@ class InProcessGrid(Grid):
             for i in range(num_supernodes)
         }
         self._replies: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=_RUN_ID)
         self._identity = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         """Let messages made from here on come from this run's server."""
-        self._identity.enter_context(acting_as(_SERVER, run_id=_RUN_ID))
+        self._identity.enter_context(acting_as(_SERVER, run_id=self._run.run_id))
         return self
 
     def __exit__(
@@ -165,7 +166,7 @@ class InProcessGrid(Grid):
             raise ValueError(f"dst_node_id={node_id!r} must be one of {list(self._contexts)}")
         fault = self._fault(message)
         if fault is not Fault.SILENT:
-            with acting_as(node_id, run_id=_RUN_ID):
+            with acting_as(node_id, run_id=self._run.run_id):
                 reply = self._answer(message, fault)
             assign_message_id(reply)
             self._replies[message_id] = reply

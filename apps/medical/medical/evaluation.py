@@ -4,6 +4,7 @@ Hospitals answer with a histogram of scores for each label. Added up they give t
 ROC curve (AUC) over all hospitals, exact up to two patients in one bin counting as a tie.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS: Final = 512
+
+_HEALTHY: Final = "not-private.held-out-healthy"
+_DISEASED: Final = "not-private.held-out-diseased"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,15 @@ class ScoreHistogram:
         """Return the histogram of no patients."""
         return cls(healthy=(0,) * BINS, diseased=(0,) * BINS)
 
+    def to_metrics(self) -> dict[str, list[int]]:
+        """Return the counts as they travel."""
+        return {_HEALTHY: list(self.healthy), _DISEASED: list(self.diseased)}
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, object]) -> "ScoreHistogram":
+        """Read what `to_metrics` wrote; raise ValueError if it is something else."""
+        return cls(healthy=_counts(metrics, _HEALTHY), diseased=_counts(metrics, _DISEASED))
+
     def __add__(self, other: "ScoreHistogram") -> "ScoreHistogram":
         return ScoreHistogram(
             healthy=tuple(a + b for a, b in zip(self.healthy, other.healthy, strict=True)),
@@ -75,3 +88,10 @@ class ScoreHistogram:
             return None
         below = np.cumsum(healthy) - healthy
         return float((diseased * (below + healthy / 2)).sum() / pairs)
+
+
+def _counts(metrics: Mapping[str, object], name: str) -> tuple[int, ...]:
+    values = metrics.get(name)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{name} must be a list of counts")
+    return tuple(values)

@@ -1,0 +1,166 @@
+"""What runs at the coordinator: it averages, counts rounds, and reports what was spent."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from dpfl_flower import records
+from dpfl_strategies import (
+    AllClientsFailed,
+    FedAvgM,
+    NodePrivacyReport,
+    SampleLevelFedAvg,
+)
+
+from .evaluation import ScoreHistogram
+from .hospital import SAMPLE
+from .patients import HOSPITALS
+from .reference import reference_histograms
+from .report import RESULT, HospitalReport, Report
+from .task import Settings, new_model
+
+log = logging.getLogger("flwr.medical")
+
+app = ServerApp()
+
+_EVALUATION_SECONDS = 600.0
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train, evaluate once, write the report and print it."""
+    report = train(grid, Settings.parse(context.run_config), run_id=context.run_id)
+    print(report.table(), flush=True)
+
+
+def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
+    """Run the app on ``grid``; return the report, which is also in the run directory.
+
+    Raises
+    ------
+    RuntimeError
+        If no hospital trains, for instance because their budgets are spent.
+    """
+    log.info("Run directory: %s", settings.run_dir.absolute())
+    (settings.run_dir / RESULT).unlink(missing_ok=True)
+    strategy = SampleLevelFedAvg(
+        population=settings.num_hospitals,
+        server_optimizer=FedAvgM(lr=1.0, momentum=settings.server_momentum),
+    )
+    average = IterateAverage(first_round=settings.num_rounds // 2 + 1)
+    try:
+        result = strategy.start(
+            grid,
+            ArrayRecord(new_model().state_dict()),
+            num_rounds=settings.num_rounds,
+            evaluate_fn=average.observe,
+        )
+    except AllClientsFailed as failed:
+        raise RuntimeError(
+            f"no hospital trains: {failed}. Error code 111 above means that a hospital's budget "
+            f"(epsilon {settings.target_epsilon:g} at delta {settings.target_delta:g}) is spent: "
+            f"its ledger, for the packaged sample in {settings.run_dir.absolute()}, counts all "
+            "runs on its patients"
+        ) from failed
+    privacy = result.node_privacy or NodePrivacyReport()
+    report = _report(
+        settings,
+        privacy,
+        evaluate(grid, average.mean(), privacy.claims),
+        run_id=run_id,
+        rounds=result.rounds,
+    )
+    log.info("Result: %s", report.save(settings.run_dir).absolute())
+    return report
+
+
+class IterateAverage:
+    """The mean of the models released from a round on: post-processing, which costs no privacy.
+
+    Noise that moved the model back and forth averages out of it.
+    """
+
+    def __init__(self, *, first_round: int) -> None:
+        self._first_round = first_round
+        self._count = 0
+        self._sums: dict[str, NDArray[np.float64]] = {}
+
+    def observe(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Take in the model of a round."""
+        if server_round >= self._first_round:
+            self._count += 1
+            for name, array in arrays.items():
+                self._sums[name] = self._sums.get(name, 0.0) + array.numpy().astype(np.float64)
+        return None
+
+    def mean(self) -> ArrayRecord:
+        """Return the mean; raise RuntimeError before there is a model to average."""
+        if not self._count:
+            raise RuntimeError(f"no model of round {self._first_round} or later was released")
+        return ArrayRecord(
+            {
+                name: Array((total / self._count).astype(np.float32))
+                for name, total in self._sums.items()
+            }
+        )
+
+
+def evaluate(grid: Grid, model: ArrayRecord, nodes: Iterable[int]) -> Mapping[int, ScoreHistogram]:
+    """Ask each node once for its held-out patients' scores under ``model``. NOT PRIVATE."""
+    messages = [
+        Message(RecordDict({records.ARRAYS: model}), node, MessageType.EVALUATE) for node in nodes
+    ]
+    found = {}
+    for reply in grid.send_and_receive(messages, timeout=_EVALUATION_SECONDS):
+        node = reply.metadata.src_node_id
+        try:
+            found[node] = ScoreHistogram.from_metrics(reply.content[records.METRICS])
+        except (ValueError, KeyError, TypeError):
+            log.warning("Node %d shares no evaluation", node)
+    return found
+
+
+def _report(
+    settings: Settings,
+    privacy: NodePrivacyReport,
+    histograms: Mapping[int, ScoreHistogram],
+    *,
+    run_id: int,
+    rounds: int,
+) -> Report:
+    claims = dict(sorted(privacy.claims.items(), key=lambda item: item[1].dataset))
+    packaged = {f"{SAMPLE}/{name}" for name in HOSPITALS}
+    reference: dict[str, ScoreHistogram] = {}
+    if {claim.dataset for claim in claims.values()} == packaged:
+        reference = {f"{SAMPLE}/{k}": h for k, h in reference_histograms(settings).items()}
+    worst = privacy.worst
+    if worst is None:
+        raise RuntimeError("no hospital made a privacy claim")
+    return Report(
+        run_id=run_id,
+        rounds=rounds,
+        split_seed=settings.split_seed,
+        unit=str(worst.unit),
+        relation=str(worst.relation),
+        delta=privacy.delta,
+        worst_epsilon=worst.epsilon,
+        epsilon_everywhere=privacy.epsilon_everywhere(),
+        hospitals=tuple(
+            HospitalReport(
+                dataset=claim.dataset,
+                epsilon=claim.epsilon,
+                delta=claim.delta,
+                durable=claim.durable,
+                auc=histograms.get(node, ScoreHistogram.empty()).auc,
+                reference_auc=reference.get(claim.dataset, ScoreHistogram.empty()).auc,
+            )
+            for node, claim in claims.items()
+        ),
+        expected_hospitals=settings.num_hospitals,
+        auc=sum(histograms.values(), ScoreHistogram.empty()).auc,
+        reference_auc=sum(reference.values(), ScoreHistogram.empty()).auc,
+    )

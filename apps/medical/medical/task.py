@@ -1,0 +1,126 @@
+"""What the hospitals agreed on in public: the model, how it is trained, and what it may cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dpfl_flower import checks
+from dpfl_flower.client import DPSGDConfig
+
+from .features import FEATURES, design
+from .patients import Patient
+
+LOSS: Final = nn.BCEWithLogitsLoss(reduction="none")
+"""One loss per patient: logistic regression."""
+
+T = TypeVar("T", int, float, str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The app's run configuration, parsed; every value is public and the same in every hospital.
+
+    Attributes
+    ----------
+    num_hospitals
+        Nodes to wait for.
+    num_rounds
+        Rounds; each is one full-batch DP-SGD step in every hospital.
+    learning_rate
+        Of that step.
+    server_momentum
+        Of the average of the hospitals' steps.
+    clip_norm
+        Bounds one patient's gradient in L2.
+    expected_patients
+        What every hospital divides its noisy sum by: a public guess, not its number of patients.
+    target_epsilon, target_delta
+        What a hospital may spend on its patients over all runs in its ledger.
+    split_seed
+        Decides, with a patient's id, who is held out.
+    run_dir
+        Where the result goes and, for the packaged sample, the hospitals' ledgers.
+    """
+
+    num_hospitals: int
+    num_rounds: int
+    learning_rate: float
+    server_momentum: float
+    clip_norm: float
+    expected_patients: float
+    target_epsilon: float
+    target_delta: float
+    split_seed: int
+    run_dir: Path
+
+    def __post_init__(self) -> None:
+        checks.positive_int(num_hospitals=self.num_hospitals, num_rounds=self.num_rounds)
+        checks.positive(learning_rate=self.learning_rate)
+        checks.non_negative(server_momentum=self.server_momentum)
+        checks.non_negative_int(split_seed=self.split_seed)
+        self.dp_sgd()  # checks what is left
+
+    @classmethod
+    def parse(cls, run_config: Mapping[str, bool | float | int | str]) -> "Settings":
+        """Read Flower's ``run_config``; raise a ValueError that names a missing or wrong key."""
+
+        def read(key: str, kind: type[T]) -> T:
+            value = run_config.get(key)
+            accepted = (int, float) if kind is float else kind
+            if isinstance(value, bool) or not isinstance(value, accepted):
+                raise ValueError(f"run config {key}={value!r} must be of type {kind.__name__}")
+            return kind(value)
+
+        return cls(
+            num_hospitals=read("num-hospitals", int),
+            num_rounds=read("num-server-rounds", int),
+            learning_rate=read("learning-rate", float),
+            server_momentum=read("server-momentum", float),
+            clip_norm=read("clip-norm", float),
+            expected_patients=read("expected-patients", float),
+            target_epsilon=read("target-epsilon", float),
+            target_delta=read("target-delta", float),
+            split_seed=read("split-seed", int),
+            run_dir=Path(read("run-dir", str)),
+        )
+
+    def dp_sgd(self) -> DPSGDConfig:
+        """Return what every hospital trains with: all patients in every step, one step a round."""
+        return DPSGDConfig(
+            sampling_rate=1.0,
+            steps_per_round=1,
+            planned_rounds=self.num_rounds,
+            clip_norm=self.clip_norm,
+            expected_batch_size=self.expected_patients,
+            delta=self.target_delta,
+            target_epsilon=self.target_epsilon,
+        )
+
+
+def new_model() -> nn.Linear:
+    """Return the model that training starts from: all zeros, so that nothing depends on a seed."""
+    model = nn.Linear(len(FEATURES), 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+def tensors(patients: tuple[Patient, ...]) -> TensorDataset:
+    """Return features, shape ``(n, 15)``, and labels, shape ``(n, 1)``."""
+    x, y = design(patients)
+    return TensorDataset(torch.from_numpy(x), torch.from_numpy(y[:, None]))
+
+
+def probabilities(model: nn.Module, data: TensorDataset) -> NDArray[np.float64]:
+    """Return each patient's probability of disease, shape ``(n,)``."""
+    with torch.no_grad():
+        scores: NDArray[np.float64] = torch.sigmoid(model(data.tensors[0]).double())[:, 0].numpy()
+    return scores
