@@ -12,12 +12,11 @@
 
 from collections.abc import Mapping
 
-from dpfl_flower.accounting.accountant import epsilon
-from dpfl_flower.accounting.budget import PrivacyBudget
-from dpfl_flower.accounting.calibration import affordable_rounds
+from dpfl_flower.accounting.accountant import Price, epsilon
 from dpfl_flower.accounting.dominance import dearest
 from dpfl_flower.accounting.events import Composed, Event
 from dpfl_flower.accounting.plan import Plan
+from dpfl_flower.accounting.search import largest_within
 from dpfl_flower.accounting.units import Relation
 
 
@@ -100,14 +99,19 @@ class Charges:
             return plan.count - self._charged[run]
         key = (run, epsilon_budget)
         if key not in self._allowances:
-            self._allowances[key] = affordable_rounds(
-                PrivacyBudget(epsilon_budget, self._delta, relation=self._relation),
-                plan.event,
-                prior=self._events_without(run),
-                at_most=plan.count,
-                total_variation=self._variation({**self._charged, run: plan.count}),
-            )
+            self._allowances[key] = self._affordable(plan, epsilon_budget)
         return max(0, self._allowances[key] - self._charged[run])
+
+    def _affordable(self, plan: Plan, epsilon_budget: float) -> int:
+        """Return how many releases of a run, those charged included, stay within a budget."""
+        others = self._events_without(plan.run)
+        variation = self._variation({**self._charged, plan.run: plan.count})
+
+        def price(count: int) -> Price:
+            events = [*others, Composed(plan.event, count)] if count else others
+            return Price(events, self._relation, total_variation=variation)
+
+        return largest_within(price, epsilon_budget, self._delta, at_most=plan.count)
 
     def _fits(self, epsilon_budget: float) -> bool:
         """Return whether all plans, carried out in full, stay within a budget."""

@@ -30,12 +30,11 @@ from dpfl_flower.accounting.events import Event
 from dpfl_flower.accounting.ledger_file import TORN_MARK, Chain, Entry, LedgerFile, LedgerPosition
 from dpfl_flower.accounting.plan import Plan
 from dpfl_flower.accounting.statement import PrivacyStatement
+from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
 from dpfl_flower.checks import non_negative, non_negative_int, positive_int, probability
 
 __all__ = ["Ledger", "LedgerPosition", "Plan"]
-
-_FORMAT = "dpfl-ledger-1"
 
 
 class Ledger:
@@ -49,21 +48,20 @@ class Ledger:
 
     def __init__(
         self,
-        header: Mapping[str, Any],
+        terms: LedgerTerms,
         *,
         file: LedgerFile | None,
         budget: PrivacyBudget | None,
     ) -> None:
-        self._dataset = str(header["dataset"])
-        self._delta = float(header["delta"])
-        self._unit = PrivacyUnit(header["unit"])
-        self._relation = Relation(header["relation"])
+        if budget is not None:
+            terms.check_budget(budget)
+        self._terms = terms
         self._budget = budget
         self._file = file
         self._chain = Chain()
         self._lock = threading.RLock()
         self._closed = False
-        self._charges = Charges(delta=self._delta, relation=self._relation)
+        self._charges = Charges(delta=terms.delta, relation=terms.relation)
         self._recorded_budget: float | None = None
 
     @classmethod
@@ -109,12 +107,14 @@ class Ledger:
         LedgerError
             If it is about another data set, unit, relation or delta, or has a smaller budget.
         """
-        header = _header(dataset, delta, unit, relation, budget)
+        terms = LedgerTerms(dataset, delta, PrivacyUnit(unit), Relation(relation))
+        if budget is not None:
+            terms.check_budget(budget)
         non_negative(wait_seconds=wait_seconds)
         file = LedgerFile.lock(Path(path).resolve(), wait_seconds=wait_seconds)
         try:
-            ledger = cls(header, file=file, budget=budget)
-            ledger._load(header, accept_missing_head=accept_missing_head)
+            ledger = cls(terms, file=file, budget=budget)
+            ledger._load(accept_missing_head=accept_missing_head)
             ledger._reconcile_budget(raise_budget=raise_budget)
         except BaseException:
             file.close()
@@ -132,9 +132,9 @@ class Ledger:
         budget: PrivacyBudget | None = None,
     ) -> Self:
         """Return a ledger that forgets: it can only speak for "this run only"."""
-        header = _header(dataset, delta, unit, relation, budget)
-        ledger = cls(header, file=None, budget=budget)
-        ledger._append(header)
+        terms = LedgerTerms(dataset, delta, PrivacyUnit(unit), Relation(relation))
+        ledger = cls(terms, file=None, budget=budget)
+        ledger._append(terms.header(budget))
         return ledger
 
     # What the ledger is about.
@@ -147,22 +147,22 @@ class Ledger:
     @property
     def dataset(self) -> str:
         """The name of the data set."""
-        return self._dataset
+        return self._terms.dataset
 
     @property
     def delta(self) -> float:
         """The delta that the budget and `spent` speak of."""
-        return self._delta
+        return self._terms.delta
 
     @property
     def unit(self) -> PrivacyUnit:
         """Whom the ledger protects."""
-        return self._unit
+        return self._terms.unit
 
     @property
     def relation(self) -> Relation:
         """How neighbouring data sets differ."""
-        return self._relation
+        return self._terms.relation
 
     @property
     def budget(self) -> PrivacyBudget | None:
@@ -213,7 +213,7 @@ class Ledger:
         with self._lock:
             existing = self._charges.plans.get(run)
             if existing is None:
-                require_supported(event, self._relation)
+                require_supported(event, self.relation)
                 self._append(plan.to_json())
             elif existing != plan:
                 raise LedgerError(f"{self._name}: run {run!r} is planned as {existing}, not {plan}")
@@ -277,7 +277,7 @@ class Ledger:
 
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon of everything charged, at the ledger's delta or another."""
-        at = self._delta if delta is None else delta
+        at = self.delta if delta is None else delta
         probability(delta=at)
         with self._lock:
             return self._charges.epsilon(at)
@@ -286,10 +286,10 @@ class Ledger:
         """Return what was spent, with all that the number needs to mean something."""
         return PrivacyStatement(
             epsilon=self.epsilon(),
-            delta=self._delta,
-            unit=self._unit,
-            relation=self._relation,
-            dataset=self._dataset,
+            delta=self.delta,
+            unit=self.unit,
+            relation=self.relation,
+            dataset=self.dataset,
             releases=self.releases,
             durable=self.durable,
         )
@@ -316,7 +316,7 @@ class Ledger:
 
     @property
     def _name(self) -> str:
-        return f"ledger {self._file.path}" if self._file else f"ledger of {self._dataset!r}"
+        return f"ledger {self._file.path}" if self._file else f"ledger of {self.dataset!r}"
 
     def _planned(self, run: str) -> Plan:
         plans = self._charges.plans
@@ -337,21 +337,22 @@ class Ledger:
 
     def _take(self, entry: Entry) -> None:
         """Update what is known by one verified line."""
-        match entry.record:
-            case None:
-                self._charges.add_torn()
-            case {"kind": "header", "budget": budget}:
-                self._recorded_budget = budget
-            case {"kind": "budget", "epsilon": budget}:
-                self._recorded_budget = budget
-            case {"kind": "plan"}:
-                self._charges.add_plan(Plan.from_json(entry.record))
-            case {"kind": "charge", "run": run, "count": count}:
-                self._charges.add_charge(run, count)
-            case _:
-                raise LedgerTampered(f"{self._name}: unknown line {entry.record!r}")
+        try:
+            match entry.record:
+                case None:
+                    self._charges.add_torn()
+                case {"kind": "header", "budget": budget} | {"kind": "budget", "epsilon": budget}:
+                    self._recorded_budget = budget
+                case {"kind": "plan"}:
+                    self._charges.add_plan(Plan.from_json(entry.record))
+                case {"kind": "charge", "run": run, "count": count}:
+                    self._charges.add_charge(run, count)
+                case _:
+                    raise ValueError("unknown kind of line")
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerTampered(f"has a line {entry.record!r} that is none: {error}") from error
 
-    def _load(self, header: dict[str, Any], *, accept_missing_head: bool) -> None:
+    def _load(self, *, accept_missing_head: bool) -> None:
         """Verify the file, or begin it."""
         assert self._file is not None
         confirmed = self._file.confirmed()
@@ -360,44 +361,35 @@ class Ledger:
             # Nothing was ever confirmed: a new file, or one whose creation a crash cut short.
             if data:
                 self._file.truncate()
-            self._append(header)
+            self._append(self._terms.header(self._budget))
             return
         try:
             chain = Chain.parse(data)
+            if confirmed is not None and not chain.extends(confirmed):
+                raise LedgerTampered(
+                    f"has {len(data)} bytes and does not extend the {confirmed.length} that "
+                    f"{self._file.sidecar} remembers: it was truncated, edited or rolled back"
+                )
+            found = LedgerTerms.from_header(chain.entries[0].record)
+            self._terms.check_same(found, self._name)
+            self._chain = chain
+            for entry in chain.entries:
+                self._take(entry)
         except LedgerTampered as error:
-            raise LedgerTampered(f"{self._name} was edited: {error}") from None
-        if confirmed is not None and not chain.extends(confirmed):
+            raise LedgerTampered(f"{self._name} {error}") from None
+        # The first line is confirmed before a second one is written.
+        begun = len(chain.entries) > 1 or len(data) > chain.position.length
+        if confirmed is None and begun and not accept_missing_head:
             raise LedgerTampered(
-                f"{self._name} has {len(data)} bytes and does not extend the {confirmed.length} "
-                f"that {self._file.sidecar} remembers: it was truncated, edited or rolled back"
-            )
-        self._compare(chain, header)
-        self._chain = chain
-        for entry in chain.entries:
-            self._take(entry)
-        if confirmed is None and not accept_missing_head and self.events():
-            raise LedgerTampered(
-                f"{self._name} has charges but no sidecar {self._file.sidecar}, so nothing says "
-                "that its end is still there. Put the sidecar back; or, if you know that the "
-                "ledger is complete, open it once with accept_missing_head=True"
+                f"{self._name} has no sidecar {self._file.sidecar}, so nothing says that its end "
+                "is still there. Put the sidecar back; or, if you know that the ledger is "
+                "complete, open it once with accept_missing_head=True"
             )
         if len(data) > chain.position.length:
             self._file.append(TORN_MARK)
-            torn = data[chain.position.length :] + TORN_MARK
-            self._take(self._chain.extend(torn))
-        if confirmed != self._chain.position:
-            self._file.confirm(self._chain.position)
-
-    def _compare(self, chain: Chain, header: Mapping[str, Any]) -> None:
-        """Refuse a ledger that is about something else."""
-        found = chain.entries[0].record if chain.entries else None
-        if found is None or found.get("format") != _FORMAT:
-            raise LedgerTampered(f"{self._name} does not begin with a {_FORMAT} header")
-        for key in ("dataset", "unit", "relation", "delta"):
-            if found[key] != header[key]:
-                raise LedgerError(
-                    f"{self._name} has {key}={found[key]!r}, it was opened for {header[key]!r}"
-                )
+            self._take(chain.extend(data[chain.position.length :] + TORN_MARK))
+        if confirmed != chain.position:
+            self._file.confirm(chain.position)
 
     def _reconcile_budget(self, *, raise_budget: bool) -> None:
         """Hold to the smaller of the budget written down and the one given, unless raised."""
@@ -405,7 +397,7 @@ class Ledger:
         given = self._budget
         if given is None:
             if recorded is not None:
-                self._budget = PrivacyBudget(recorded, self._delta, self._unit, self._relation)
+                self._budget = PrivacyBudget(recorded, self.delta, self.unit, self.relation)
             return
         if recorded is None or (given.epsilon > recorded and raise_budget):
             self._append({"kind": "budget", "epsilon": given.epsilon})
@@ -414,32 +406,3 @@ class Ledger:
                 f"{self._name} has a budget of epsilon {recorded}, it was opened for "
                 f"{given.epsilon}: raise it deliberately with raise_budget=True"
             )
-
-
-def _header(
-    dataset: str,
-    delta: float,
-    unit: PrivacyUnit | str,
-    relation: Relation | str,
-    budget: PrivacyBudget | None,
-) -> dict[str, Any]:
-    """Check what a ledger is about and return its first line."""
-    probability(delta=delta)
-    if not dataset or not isinstance(dataset, str):
-        raise ValueError(f"dataset={dataset!r} must be a name")
-    header: dict[str, Any] = {
-        "kind": "header",
-        "format": _FORMAT,
-        "dataset": dataset,
-        "unit": PrivacyUnit(unit).value,
-        "relation": Relation(relation).value,
-        "delta": float(delta),
-        "budget": None if budget is None else budget.epsilon,
-    }
-    if budget is not None:
-        for key in ("unit", "relation", "delta"):
-            if getattr(budget, key) != header[key]:
-                raise ValueError(
-                    f"budget.{key}={getattr(budget, key)!r} must be the ledger's {header[key]!r}"
-                )
-    return header

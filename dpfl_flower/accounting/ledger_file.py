@@ -100,7 +100,7 @@ class Chain:
             try:
                 chain.extend(line + b"\n")
             except LedgerTampered as error:
-                raise LedgerTampered(f"line {number} {error}") from None
+                raise LedgerTampered(f"was edited: line {number} {error}") from None
         return chain
 
 
@@ -149,15 +149,15 @@ class LedgerFile:
     def confirmed(self) -> LedgerPosition | None:
         """Return what the sidecar remembers, None where there is no sidecar."""
         try:
-            text = self.sidecar.read_text()
+            content = self.sidecar.read_bytes()
         except FileNotFoundError:
             return None
         try:
-            found = json.loads(text)
+            found = json.loads(content)
             return LedgerPosition(length=int(found["length"]), head=str(found["head"]))
         except (ValueError, KeyError, TypeError):
             raise LedgerTampered(
-                f"{self.sidecar} is not a ledger's sidecar: {text[:80]!r}"
+                f"{self.sidecar} is not a ledger's sidecar but {content[:80]!r}: put it back"
             ) from None
 
     def append(self, line: bytes) -> None:

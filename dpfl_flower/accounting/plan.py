@@ -42,6 +42,9 @@ class Plan:
     def __post_init__(self) -> None:
         positive_int(count=self.count, max_charge=self.max_charge)
         non_negative(total_variation=self.total_variation)
+        object.__setattr__(self, "count", int(self.count))
+        object.__setattr__(self, "max_charge", int(self.max_charge))
+        object.__setattr__(self, "total_variation", float(self.total_variation))
         if not self.run or not isinstance(self.run, str):
             raise ValueError(f"run={self.run!r} must be a name")
         if not isinstance(self.event, Event):
