@@ -11,6 +11,7 @@ array([ 9830, 13107])
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +25,25 @@ from dpfl_flower.quantize.grid import IntegerGrid, Rounding
 
 __all__ = ["BoundedSum"]
 
-_EXACT_FLOAT32 = 1 << 24
-_LARGEST_FLOAT32_BOUND = 1 << 20
+_FLOAT32: Final = np.dtype(np.float32)
+_FLOAT64: Final = np.dtype(np.float64)
+_EXACT_FLOAT32: Final = 1 << 24
+_LARGEST_FLOAT32_BOUND: Final = 1 << 20
 """Above this many units float32 would not leave the dither four bits: float64 takes over."""
-_ATTEMPTS = 8
-_NORMAL_FLOAT32 = (2.0**-100, 2.0**100)
+_PLAIN_FLOAT32_FACTORS: Final = (2.0**-100, 2.0**100)
+_PLAIN_FLOAT32_SQUARES: Final = (1e-20, 3e38)
+"""Within these no square that matters has vanished or overflowed."""
+_ATTEMPTS: Final = 8
+
+_Put = Callable[[int, kernels.Rows], None]
 
 
 class BoundedSum:
     """The sum of weighted, clipped and rounded updates, exact and independent of their order.
 
     What a unit contributes depends on its own values, its weight and public constants alone, and
-    its integer norm is at most ``grid.sensitivity_units``: that bound is checked on the integers.
-    Memory is a fixed number of vectors, whatever the cohort. Not safe for use by two threads.
+    its integer norm is at most ``grid.sensitivity_units``: that is checked on the integers. Memory
+    is a fixed number of vectors, whatever the cohort. Not for use by two threads at a time.
 
     Parameters
     ----------
@@ -56,21 +63,23 @@ class BoundedSum:
         self, grid: IntegerGrid, *, clip_norm: float, dither_seed: bytes | None = None
     ) -> None:
         checks.positive(clip_norm=clip_norm)
-        if not 0 < grid.clip_units / clip_norm < math.inf:
-            raise ValueError(f"clip_norm={clip_norm!r} must be within float64's range of units")
+        if not math.isfinite(grid.clip_units / clip_norm):
+            raise ValueError(f"clip_norm={clip_norm!r} must be >= {grid.clip_units / 1e308!r}")
         if (grid.rounding is Rounding.DITHERED) != (dither_seed is not None):
             raise ValueError(
-                f"dither_seed={dither_seed!r} must be given for rounding=dithered and only then, "
-                f"rounding={grid.rounding}"
+                f"dither_seed={dither_seed!r} must be given where rounding is dithered and only "
+                f"there; rounding={grid.rounding.value!r}"
             )
         self._grid = grid
         self._clip_norm = float(clip_norm)
-        self._dither = None if dither_seed is None else dither(dither_seed, grid.dimension)
+        self._dither = None
+        if dither_seed is not None:
+            self._dither = dither(dither_seed, grid.dimension)
+        self._workspaces: dict[np.dtype[np.generic], kernels.Workspace] = {}
         self._total = np.zeros(grid.width, np.int64)
         # A float32 sum of integers is exact below 2^24; it is emptied into the total before that.
-        self._pending: NDArray[np.float32] | None = None
+        self._pending: list[NDArray[np.float32]] = []
         self._pending_units = 0
-        self._differences: dict[str, kernels.Real] = {}
 
     @property
     def total(self) -> NDArray[np.int64]:
@@ -106,16 +115,18 @@ class BoundedSum:
         ValueError
             When the weight is out of range or the arrays do not fit the grid.
         """
-        vector = np.zeros(self._grid.width, np.int64)
+        grid = self._grid
+        vector = np.zeros(grid.width, np.int64)
+        parts = [vector[where] for where in kernels.blocks(grid.dimension)]
 
-        def put(where: slice, integers: kernels.Real) -> None:
-            np.copyto(vector[where], integers, casting="unsafe")
+        def put(index: int, integers: kernels.Rows) -> None:
+            np.copyto(parts[index], integers.values, casting="unsafe")
 
-        def take_back(where: slice, _: kernels.Real) -> None:
-            vector[where] = 0
+        def take_back(index: int, _: kernels.Rows) -> None:
+            parts[index].fill(0)
 
         indicator = self._place(values, reference, weight, put, take_back)
-        if self._grid.indicator_units:
+        if grid.indicator_units:
             vector[-1] = indicator
         return vector
 
@@ -127,18 +138,19 @@ class BoundedSum:
         weight: float = 1.0,
     ) -> None:
         """Add one unit's contribution; parameters and errors as for :meth:`contribution`."""
+        where = list(kernels.blocks(self._grid.dimension))
 
-        def put(where: slice, integers: kernels.Real) -> None:
-            if integers.dtype == np.float32:
-                pending = self._pending_sum()[where]
-                np.add(pending, integers, out=pending)
+        def put(index: int, integers: kernels.Rows) -> None:
+            if integers.values.dtype == _FLOAT32:
+                np.add(pending[index], integers.values, out=pending[index])
             else:
-                self._total[where] += integers.astype(np.int64)
+                self._total[where[index]] += integers.values.astype(np.int64)
 
-        def take_back(where: slice, integers: kernels.Real) -> None:
-            put(where, np.negative(integers, out=integers))
+        def take_back(index: int, integers: kernels.Rows) -> None:
+            np.negative(integers.values, out=integers.values)
+            put(index, integers)
 
-        self._make_room()
+        pending = self._room_for_one()
         indicator = self._place(values, reference, weight, put, take_back)
         self._pending_units += 1
         if self._grid.indicator_units:
@@ -149,101 +161,93 @@ class BoundedSum:
         values: Sequence[Array],
         reference: Sequence[Array] | None,
         weight: float,
-        put: Callable[[slice, kernels.Real], None],
-        take_back: Callable[[slice, kernels.Real], None],
+        put: _Put,
+        take_back: _Put,
     ) -> int:
-        """Put one unit's integers where they belong, and return its indicator.
-
-        Blocks are put as they are rounded, before the bound is known; integers add without error,
-        so that taking them back leaves no trace.
-        """
+        """Put one unit's integers where they belong, block by block, and return its indicator."""
         if not (_is_number(weight) and 0 <= weight <= 1):
             raise ValueError(f"weight={weight!r} must be in [0, 1]")
+        grid = self._grid
         flat = self._flat(values)
         flat_reference = None if reference is None else self._flat(reference)
-        if flat_reference is not None:
-            sizes, others = [v.size for v in flat], [r.size for r in flat_reference]
-            if sizes != others:
-                raise ValueError(f"reference has sizes {others}, must be {sizes}")
-        with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome
-            difference, length = self._difference(flat, flat_reference)
+        if flat_reference is not None and [a.size for a in flat] != [
+            a.size for a in flat_reference
+        ]:
+            raise ValueError(
+                f"reference has arrays of {[a.size for a in flat_reference]} entries, "
+                f"must be {[a.size for a in flat]}"
+            )
+        with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome: zeros
+            work, length = self._difference(flat, flat_reference)
+            weighted = weight * length
             if not math.isfinite(length):
                 return 0
-            factor = self._factor(weight, length)
-            if difference.dtype == np.float32 and factor > 0:
-                if _NORMAL_FLOAT32[0] < factor < _NORMAL_FLOAT32[1]:
-                    factor = _float32_at_most(factor)
-                else:
-                    difference = difference.astype(np.float64)
-            if not self._fit(difference, factor, put, take_back):
+            if weighted <= self._clip_norm:
+                factor = weight * (grid.clip_units / self._clip_norm)
+            else:
+                factor = _leading_bits(grid.clip_units / length)
+            least, most = _PLAIN_FLOAT32_FACTORS
+            if factor and work.difference.dtype == _FLOAT32 and not least < factor < most:
+                difference, work = work.difference, self._workspace(_FLOAT64)
+                np.copyto(work.difference, difference)
+            if not self._fit(work, factor, put, take_back):
                 return 0
-        indicator = self._grid.indicator_units
-        return indicator if weight * length <= self._clip_norm else -indicator
-
-    def _fit(
-        self,
-        difference: kernels.Real,
-        factor: float,
-        put: Callable[[slice, kernels.Real], None],
-        take_back: Callable[[slice, kernels.Real], None],
-    ) -> bool:
-        """Round and put, shrinking until the integers are within the bound; False: nothing put."""
-        grid = self._grid
-        scratch = np.empty(min(kernels.BLOCK, difference.size), difference.dtype)
-
-        def pass_over(
-            act: Callable[[slice, kernels.Real], None] | None, check: kernels.NormCheck | None
-        ) -> None:
-            for where, integers in kernels.rounded(difference, factor, self._dither, scratch):
-                if check is not None:
-                    check.see(integers)
-                if act is not None:
-                    act(where, integers)
-
-        for _ in range(_ATTEMPTS):
-            check = kernels.NormCheck(grid.sensitivity_units, grid.norm)
-            pass_over(put, check)
-            if not check.within and not check.conclusive:
-                check = kernels.NormCheck(grid.sensitivity_units, grid.norm, exact=True)
-                pass_over(None, check)
-            if check.within:
-                return True
-            pass_over(take_back, None)
-            factor = factor / check.excess * (1 - 2.0**-10)
-            if difference.dtype == np.float32:
-                factor = _float32_at_most(factor)
-        return False
-
-    def _factor(self, weight: float, length: float) -> float:
-        """Return what turns the difference into grid units, weighted and clipped."""
-        clip_units = self._grid.clip_units
-        if weight * length <= self._clip_norm:
-            return weight * (clip_units / self._clip_norm)
-        return clip_units / length
+        return grid.indicator_units if weighted <= self._clip_norm else -grid.indicator_units
 
     def _difference(
         self,
         values: Sequence[NDArray[np.generic]],
         reference: Sequence[NDArray[np.generic]] | None,
-    ) -> tuple[kernels.Real, float]:
-        """Return ``values - reference`` as one vector and its norm, NaN or inf included."""
+    ) -> tuple[kernels.Workspace, float]:
+        """Return ``values - reference`` in a workspace, and its norm, NaN or inf included."""
         grid = self._grid
         wide = grid.sensitivity_units > _LARGEST_FLOAT32_BOUND or any(
-            array.dtype == np.float64 for array in (*values, *(reference or ()))
+            array.dtype == _FLOAT64 for array in (*values, *(reference or ()))
         )
-        dtype = "float64" if wide else "float32"
-        if dtype not in self._differences:
-            self._differences[dtype] = np.empty(grid.dimension, dtype)
-        out = self._differences[dtype]
-        if wide:
-            for _ in kernels.subtract(values, reference, out):
-                pass
-            return out, clipping.norm([out], grid.norm)
-        scratch = np.empty(min(kernels.BLOCK, out.size))
-        total = 0.0
-        for block in kernels.subtract(values, reference, out):
-            total += kernels.measure(block, grid.norm, scratch)
-        return out, math.sqrt(total) if grid.norm is Norm.L2 else total
+        work = self._workspace(_FLOAT64 if wide else _FLOAT32)
+        quick = not wide and grid.norm is Norm.L2
+        squares = kernels.PowerSum(Norm.L2, grid.dimension, quick=True)
+        for block in work.subtract(values, reference):
+            if quick:
+                squares.see(block.difference)
+        least, most = _PLAIN_FLOAT32_SQUARES
+        if quick and least < squares.value < most:
+            return work, math.sqrt(squares.value)
+        return work, clipping.norm([work.difference], grid.norm)
+
+    def _fit(self, work: kernels.Workspace, factor: float, put: _Put, take_back: _Put) -> bool:
+        """Round and put, shrinking until the bound holds; False: nothing was put.
+
+        Blocks are put as they are rounded, before the bound is known; integers add without error,
+        so that taking them back leaves no trace.
+        """
+        grid, dtype = self._grid, work.difference.dtype
+
+        def check(*, quick: bool) -> kernels.NormCheck:
+            return kernels.NormCheck(grid.sensitivity_units, grid.norm, grid.dimension, quick=quick)
+
+        for _ in range(_ATTEMPTS):
+            scale = _at_most(factor, dtype)
+            found = check(quick=dtype == _FLOAT32)
+            for index, block in enumerate(work.blocks):
+                integers = block.round(scale)
+                found.see(integers)
+                put(index, integers)
+            if not found.conclusive:
+                found = check(quick=False)
+                for block in work.blocks:
+                    found.see(block.round(scale))
+            if found.within:
+                return True
+            for index, block in enumerate(work.blocks):
+                take_back(index, block.round(scale))
+            factor *= (1 - 2.0**-10) / found.excess
+        return False
+
+    def _workspace(self, dtype: np.dtype[np.generic]) -> kernels.Workspace:
+        if dtype not in self._workspaces:
+            self._workspaces[dtype] = kernels.Workspace(self._grid.dimension, dtype, self._dither)
+        return self._workspaces[dtype]
 
     def _flat(self, arrays: Sequence[Array]) -> list[NDArray[np.generic]]:
         for index, array in enumerate(arrays):
@@ -258,29 +262,42 @@ class BoundedSum:
             raise ValueError(f"arrays have {size} entries, must be {self._grid.dimension}")
         return flat
 
-    def _pending_sum(self) -> NDArray[np.float32]:
-        if self._pending is None:
-            self._pending = np.zeros(self._grid.dimension, np.float32)
-        return self._pending
-
-    def _make_room(self) -> None:
-        # No entry exceeds the bound once checked; before, clipped, it may by its rounding.
+    def _room_for_one(self) -> list[NDArray[np.float32]]:
+        """Return the blocks of the pending sum, with room for one more unit's integers."""
+        # No entry exceeds the bound once it is checked, nor the clip norm by two units before.
         most = self._grid.sensitivity_units + 2
         if (self._pending_units + 1) * most > _EXACT_FLOAT32:
             self._flush()
+        if not self._pending:
+            vector = np.zeros(self._grid.dimension, np.float32)  # costs nothing until it is used
+            self._pending = [vector[where] for where in kernels.blocks(vector.size)]
+        return self._pending
 
     def _flush(self) -> None:
-        if self._pending is not None and self._pending_units:
-            for where in kernels.blocks(self._grid.dimension):
-                self._total[where] += self._pending[where].astype(np.int64)
-            self._pending.fill(0)
+        if self._pending_units and self._pending:
+            for where, block in zip(
+                kernels.blocks(self._grid.dimension), self._pending, strict=True
+            ):
+                self._total[where] += block.astype(np.int64)
+                block.fill(0)
         self._pending_units = 0
 
 
-def _float32_at_most(factor: float) -> float:
-    """Return the largest float32 that is not above ``factor``."""
+def _leading_bits(factor: float) -> float:
+    """Return ``factor`` rounded down to 16 bits.
+
+    The last digits of a norm depend on the order in which a machine sums; they must not show.
+    """
+    mantissa, exponent = math.frexp(factor)
+    return math.ldexp(math.floor(math.ldexp(mantissa, 16)), exponent - 16)
+
+
+def _at_most(factor: float, dtype: np.dtype[np.generic]) -> np.floating[Any]:
+    """Return the largest float32, or float64, that is not above ``factor``."""
+    if dtype == _FLOAT64:
+        return np.float64(factor)
     nearest = np.float32(factor)
-    return float(nearest if nearest <= factor else np.nextafter(nearest, np.float32(0)))
+    return nearest if nearest <= factor else np.nextafter(nearest, np.float32(0))
 
 
 def _is_number(value: object) -> bool:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks
 from dpfl_flower.clipping import Norm
+from dpfl_flower.quantize.dither import PERIOD
 
 __all__ = ["IntegerGrid", "Rounding", "to_float"]
 
@@ -141,8 +142,8 @@ class IntegerGrid:
         norm : Norm
         rounding : Rounding
         indicator_noise : float or None
-            s_b, when units also send an indicator; what holds is :attr:`indicator_noise`, at most
-            this much unless even K = 1 is too fine for it.
+            s_b, when units also send an indicator; what holds is :attr:`indicator_noise`, at least
+            this much but where it exceeds s / 2, which K = 1 gives.
         max_inflation : float
             How much longer than the clip norm the enforced bound may be.
 
@@ -223,18 +224,21 @@ def _sensitivity_units(noise_units: int, noise_multiplier: float, indicator: int
 def _rounding_terms(dimension: int, norm: Norm, rounding: Rounding) -> tuple[float, float, float]:
     """Return (linear, constant, certain): how rounding lengthens a vector of S units.
 
-    L2: at most ``S + certain``, and but for a probability of 1e-12 each at most
-    ``sqrt(S^2 + linear S + constant)``: the squared errors have mean d/12 (d/4 at most when
-    dithered) and by Hoeffding's inequality the two sums stay near their means, as in Kairouz, Liu,
-    Steinke, arXiv 2102.06387, Proposition 22. L1: ``S + constant`` and ``S + certain``.
+    L2: at most ``S + certain``, and but for a probability of about 1e-12 at most
+    ``sqrt(S^2 + linear S + constant)``: the squared errors have mean d/12 (at most d/4 when
+    dithered), and by Hoeffding's inequality their sum and their product with the vector stay near
+    their means; as the bound of Kairouz, Liu, Steinke, arXiv 2102.06387, section 4.2, on
+    conditional rounding. Entries that share a dither number err together, at most sqrt(m) times
+    as far, m of them sharing one. L1: ``S + constant`` and ``S + certain``.
     """
     root = math.sqrt(dimension)
     dithered = rounding is Rounding.DITHERED
+    spread = _SPREAD * math.sqrt(math.ceil(dimension / PERIOD) if dithered else 1)
     if norm is Norm.L1:
-        return 0.0, _SPREAD * root / 2, dimension if dithered else dimension / 2
+        return 0.0, spread * root / 2, dimension if dithered else dimension / 2
     if dithered:
-        return _SPREAD, dimension / 4 + _SPREAD * root / 2, root
-    return _SPREAD, dimension / 12 + _SPREAD * root / 8, root / 2
+        return spread, dimension / 4 + spread * root / 2, root
+    return spread, dimension / 12 + spread * root / 8, root / 2
 
 
 def _rounded_norm(clip_units: float, dimension: int, norm: Norm, rounding: Rounding) -> float:

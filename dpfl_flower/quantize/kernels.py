@@ -1,27 +1,29 @@
 """Block-wise arithmetic on one unit's update: difference, norm, scaling and rounding.
 
-The arithmetic that defines a contribution, entry by entry and reproducible anywhere: the difference
-``values - reference``, the product with one factor and the sum with the dither are each rounded
+The arithmetic that defines a contribution, entry by entry and the same anywhere: the difference
+``values - reference``, its product with one factor and the sum with the dither are each rounded
 once, in float32 (in float64 where an input is float64, or where float32 would not resolve the
-grid); then comes the floor, or the nearest integer, ties to even. Norms are sums in float64.
-Blocks are small enough to stay in a core's cache from one step to the next.
+grid); then comes the floor, or the nearest integer, ties to even. Blocks are small enough to stay
+in a core's cache from one step to the next; what numpy needs to know of them is prepared once.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower.clipping import Norm
+from dpfl_flower.quantize.dither import PERIOD
 
-__all__ = ["BLOCK", "NormCheck", "Real", "blocks", "measure", "rounded", "subtract"]
+__all__ = ["BLOCK", "Block", "NormCheck", "PowerSum", "Real", "Rows", "Workspace", "blocks"]
 
 Real = NDArray[np.float32] | NDArray[np.float64]
 
-BLOCK = 1 << 16
-_ROW = 512
-_ROW_ERROR = 2.0**-14
-"""Above ``n u / (1 - n u)`` for n = 512 products and u = 2^-24, in whatever order they are summed
+BLOCK: Final = PERIOD  # so that the same dither fits every block
+_ROW: Final = 1024
+_ROW_ERROR: Final = 2.0**-13
+"""Above ``n u / (1 - n u)`` for n = 1024 products and u = 2^-24, in whatever order they are summed
 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., equation 3.5), twice over."""
 
 
@@ -31,118 +33,167 @@ def blocks(size: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, size))
 
 
-def subtract(
-    values: Sequence[NDArray[np.generic]],
-    reference: Sequence[NDArray[np.generic]] | None,
-    out: Real,
-) -> Iterator[Real]:
-    """Write ``values - reference``, concatenated, into ``out``; yield each block once it is there.
+class Rows:
+    """A stretch of a vector, and the same cut into rows whose squares are summed one by one."""
 
-    Parameters
-    ----------
-    values, reference : sequences of 1-d floating arrays of equal sizes
-    out : float32 or float64 array, as long as all of them
-        Its dtype is the dtype of the difference.
+    def __init__(self, values: Real) -> None:
+        self.values = values
+        self.count = values.size // _ROW
+        whole = self.count * _ROW
+        self.left: NDArray[Any] = values[:whole].reshape(self.count, 1, _ROW)
+        self.right: NDArray[Any] = values[:whole].reshape(self.count, _ROW, 1)
+        self.rest = values[whole:]
+
+
+class PowerSum:
+    """Sums the squares (L2) or absolute values (L1) of a vector, block by block, in float64.
+
+    Exact where all entries are integers and the sum is below 2^53. With ``quick`` the squares of
+    float32 entries are summed in float32 over rows of 1024, and only the rows in float64:
+    ``relative_error`` bounds what that costs as long as no square overflows or vanishes.
     """
-    filled = yielded = 0
-    for index, value in enumerate(values):
-        start = 0
-        while start < value.size:
-            take = min(value.size - start, BLOCK - filled % BLOCK)
-            part, target = value[start : start + take], out[filled : filled + take]
-            if reference is None:
-                np.copyto(target, part, casting="same_kind")
-            else:
-                other = reference[index][start : start + take]
-                np.subtract(part, other, out=target, dtype=out.dtype, casting="same_kind")
-            start += take
-            filled += take
-            if filled % BLOCK == 0:
-                yield out[yielded:filled]
-                yielded = filled
-    if yielded < filled:
-        yield out[yielded:filled]
 
+    def __init__(self, norm: Norm, size: int, *, quick: bool) -> None:
+        self.relative_error = _ROW_ERROR if quick and norm is Norm.L2 else 0.0
+        self._norm = norm
+        self._quick = quick
+        self._rows = np.empty((size // _ROW, 1, 1), np.float32 if quick else np.float64)
+        self._seen = 0
+        self._rest = 0.0
 
-def measure(block: Real, norm: Norm, scratch: NDArray[np.float64]) -> float:
-    """Return the sum of squares (L2) or of absolute values (L1) of a block, in float64.
+    def see(self, rows: Rows) -> None:
+        """Take the next stretch into account."""
+        if self._norm is Norm.L1:
+            self._rest += float(np.abs(rows.values).sum(dtype=np.float64))
+            return
+        if not self._quick:
+            rows = Rows(rows.values.astype(np.float64))
+        target = self._rows[self._seen : self._seen + rows.count]
+        np.matmul(rows.left, rows.right, out=target)
+        self._seen += rows.count
+        if rows.rest.size:
+            self._rest += float(rows.rest @ rows.rest)
 
-    Exact where all entries are integers and the sum stays below 2^53.
-    """
-    wide = scratch[: block.size]
-    if norm is Norm.L1:
-        return float(np.abs(block, out=wide).sum())
-    np.copyto(wide, block)
-    return _dots(wide, 4096)
-
-
-def _dots(block: Real, row: int) -> float:
-    """Return the sum of squares: a dot product per row, the rows summed in float64."""
-    whole = block.size - block.size % row
-    rows = block[:whole].reshape(-1, row)
-    total = np.matmul(rows[:, None, :], rows[:, :, None]).sum(dtype=np.float64)
-    rest = block[whole:]
-    return float(total) + float(rest @ rest)
-
-
-def rounded(
-    difference: Real, factor: float, dither: NDArray[np.float32] | None, scratch: Real
-) -> Iterator[tuple[slice, Real]]:
-    """Yield (where, integers) block by block: ``floor(difference * factor + dither)``.
-
-    Nearest, ties to even, without a dither. The integers are floats in ``scratch``, overwritten by
-    the next block.
-    """
-    scale = difference.dtype.type(factor)
-    for where in blocks(difference.size):
-        block = difference[where]
-        integers = scratch[: block.size]
-        np.multiply(block, scale, out=integers)
-        if dither is None:
-            np.rint(integers, out=integers)
-        else:
-            np.add(integers, dither[where], out=integers)
-            np.floor(integers, out=integers)
-        yield where, integers
+    @property
+    def value(self) -> float:
+        """The sum over everything seen."""
+        return float(self._rows[: self._seen].sum(dtype=np.float64)) + self._rest
 
 
 class NormCheck:
-    """Whether the integers seen so far are within the bound: never yes by mistake.
+    """Whether a vector of integers is within the bound: never yes by mistake.
 
-    Quick on float32: squares are summed in float32 over rows of 512, the rows in float64, and the
-    bound on the rounding error is added. ``within`` is then sound but may be a false alarm;
-    ``exact=True`` sums without any error, and so does a float64 block.
+    Parameters
+    ----------
+    bound : int
+        At most 2^26, so that float64 tells its square from every larger integer.
+    norm : Norm
+    size : int
+    quick : bool
+        The bound on the sum's error is added, so that ``within`` may be a false alarm;
+        ``conclusive`` tells.
     """
 
-    def __init__(self, bound: int, norm: Norm, *, exact: bool = False) -> None:
-        self._limit = float(bound if norm is Norm.L1 else bound * bound)
+    def __init__(self, bound: int, norm: Norm, size: int, *, quick: bool) -> None:
         self._norm = norm
-        self._exact = exact
-        self._sum = 0.0
-        self._error = 0.0
-        self._scratch = np.empty(BLOCK)
-
-    def see(self, integers: Real) -> None:
-        """Take the next block of integers into account."""
-        if self._exact or self._norm is Norm.L1 or integers.dtype == np.float64:
-            self._sum += measure(integers, self._norm, self._scratch)
-        else:
-            part = _dots(integers, _ROW)
-            self._sum += part
-            self._error += part * _ROW_ERROR
+        self._limit = float(bound if norm is Norm.L1 else bound * bound)
+        self._sum = PowerSum(norm, size, quick=quick)
+        self.see = self._sum.see
 
     @property
     def within(self) -> bool:
         """Whether the bound holds for certain."""
-        return self._sum + self._error <= self._limit
+        return self._sum.value * (1 + self._sum.relative_error) <= self._limit
 
     @property
     def conclusive(self) -> bool:
         """Whether ``within`` is the last word."""
-        return self._error == 0 or self._sum - self._error > self._limit
+        return self.within or self._sum.value * (1 - self._sum.relative_error) > self._limit
 
     @property
     def excess(self) -> float:
         """The norm of what was seen, over the bound."""
-        ratio = self._sum / self._limit
+        ratio = self._sum.value / self._limit
         return ratio if self._norm is Norm.L1 else float(ratio**0.5)
+
+
+class Block:
+    """One block of a workspace: where it lies, its difference, and room for its integers."""
+
+    def __init__(
+        self, where: slice, difference: Real, integers: Real, dither: NDArray[np.float32] | None
+    ) -> None:
+        self.where = where
+        self.difference = Rows(difference)
+        self.integers = Rows(integers)
+        self._dither = dither
+
+    def round(self, factor: np.floating[Any]) -> Rows:
+        """Return ``floor(difference * factor + dither)``, valid until the next block is rounded."""
+        integers = self.integers.values
+        np.multiply(self.difference.values, factor, out=integers)
+        if self._dither is None:
+            np.rint(integers, out=integers)
+        else:
+            np.add(integers, self._dither, out=integers)
+            np.floor(integers, out=integers)
+        return self.integers
+
+
+class Workspace:
+    """The difference vector that each unit in turn is computed in, cut into blocks.
+
+    Parameters
+    ----------
+    dimension : int
+    dtype : numpy dtype
+        float32 or float64: the arithmetic.
+    dither : float32 array, shape (min(dimension, BLOCK),), or None
+        The same for every block; None rounds to nearest.
+    """
+
+    def __init__(
+        self, dimension: int, dtype: np.dtype[Any], dither: NDArray[np.float32] | None
+    ) -> None:
+        self.difference: Real = np.empty(dimension, dtype)
+        scratch = np.empty(min(BLOCK, dimension), dtype)
+        self.blocks = [
+            Block(
+                where,
+                self.difference[where],
+                scratch[: where.stop - where.start],
+                None if dither is None else dither[: where.stop - where.start],
+            )
+            for where in blocks(dimension)
+        ]
+
+    def subtract(
+        self,
+        values: Sequence[NDArray[np.generic]],
+        reference: Sequence[NDArray[np.generic]] | None,
+    ) -> Iterator[Block]:
+        """Compute ``values - reference``, concatenated; yield each block once it is there.
+
+        Parameters
+        ----------
+        values, reference : sequences of 1-d floating arrays of equal sizes, ``dimension`` in all
+        """
+        out = self.difference
+        ready = iter(self.blocks)
+        filled = 0
+        for index, value in enumerate(values):
+            start = 0
+            while start < value.size:
+                stop = min(value.size, start + BLOCK - filled % BLOCK)
+                target = out[filled : filled + stop - start]
+                if reference is None:
+                    np.copyto(target, value[start:stop], casting="same_kind")
+                else:
+                    other = reference[index][start:stop]
+                    np.subtract(
+                        value[start:stop], other, out=target, dtype=out.dtype, casting="same_kind"
+                    )
+                filled += stop - start
+                start = stop
+                if filled % BLOCK == 0 or filled == out.size:
+                    yield next(ready)
