@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import records
 from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.wire import read_array
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -53,7 +54,7 @@ def accepted(
 def _arrays(reply: Message) -> dict[str, NDArray[np.generic]]:
     found = reply.content.array_records
     record = found[records.ARRAYS] if records.ARRAYS in found else _only(found)
-    return {name: array.numpy() for name, array in record.items()}
+    return {name: read_array(array) for name, array in record.items()}
 
 
 def _only(found: Mapping[str, ArrayRecord]) -> ArrayRecord:
