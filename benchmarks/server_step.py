@@ -127,7 +127,7 @@ def main() -> None:
         ours="dpfl-flower",
         theirs="Flower",
         bar=BAR,
-        title=f"server step, CPU time: {UPDATES} updates of {DIMENSION:,} parameters, noise included",
+        title=f"server step, CPU time, {UPDATES} x {DIMENSION:,} parameters, noise included",
     )
 
 

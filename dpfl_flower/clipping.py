@@ -21,7 +21,7 @@ from dpfl_flower.layout import Array, as_numpy
 
 __all__ = ["AdaptiveClipping", "ClippingPolicy", "FixedClipping", "Norm", "norm"]
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 13  # short enough for BLAS not to wake its threads
 
 
 class Norm(StrEnum):
@@ -37,17 +37,22 @@ def norm(arrays: Iterable[Array], kind: Norm = Norm.L2) -> float:
     Entries are scaled by the largest where squares would overflow or vanish, so that 1e-200 and
     1e200 both count. NaN anywhere gives NaN, otherwise infinity anywhere gives infinity.
     """
-    flats = [as_numpy(array).reshape(-1) for array in arrays]
+    flats = [flat for array in arrays if (flat := as_numpy(array).reshape(-1)).size]
     with np.errstate(all="ignore"):
-        peaks = [np.abs(flat).max() for flat in flats if flat.size]
-        peak = float(max(peaks, default=0.0)) if not np.isnan(peaks).any() else math.nan
-        if peak == 0 or not math.isfinite(peak):
+        ends = [float(end) for flat in flats for end in (flat.max(), -flat.min())]
+        if any(map(math.isnan, ends)):
+            return math.nan
+        peak = max(ends, default=0.0)
+        if peak in (0.0, math.inf):
             return peak
+        # A power of two, so that scaling rounds nothing.
         scale = 1.0 if 1e-100 < peak < 1e100 else math.ldexp(1.0, -math.frexp(peak)[1])
         total = 0.0
         for flat in flats:
             for start in range(0, flat.size, _BLOCK):
-                block = flat[start : start + _BLOCK].astype(np.float64) * scale
+                block = flat[start : start + _BLOCK].astype(np.float64)
+                if scale != 1.0:
+                    block *= scale
                 total += float(block @ block if kind is Norm.L2 else np.abs(block).sum())
         return (math.sqrt(total) if kind is Norm.L2 else total) / scale
 

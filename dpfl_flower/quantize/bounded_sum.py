@@ -108,7 +108,7 @@ class BoundedSum:
         Returns
         -------
         int64 array, shape (grid.width,)
-            All zeros when any entry is NaN or infinite.
+            All zeros when an entry of the difference, or its norm, is not finite.
 
         Raises
         ------
@@ -167,32 +167,31 @@ class BoundedSum:
         """Put one unit's integers where they belong, block by block, and return its indicator."""
         if not (_is_number(weight) and 0 <= weight <= 1):
             raise ValueError(f"weight={weight!r} must be in [0, 1]")
-        grid = self._grid
         flat = self._flat(values)
         flat_reference = None if reference is None else self._flat(reference)
-        if flat_reference is not None and [a.size for a in flat] != [
-            a.size for a in flat_reference
-        ]:
-            raise ValueError(
-                f"reference has arrays of {[a.size for a in flat_reference]} entries, "
-                f"must be {[a.size for a in flat]}"
-            )
+        if flat_reference is not None:
+            found, sizes = [a.size for a in flat_reference], [a.size for a in flat]
+            if found != sizes:
+                raise ValueError(f"reference has arrays of {found} entries, must be {sizes}")
         with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome: zeros
             work, length = self._difference(flat, flat_reference)
-            weighted = weight * length
             if not math.isfinite(length):
                 return 0
-            if weighted <= self._clip_norm:
-                factor = weight * (grid.clip_units / self._clip_norm)
-            else:
-                factor = _leading_bits(grid.clip_units / length)
+            factor = self._factor(weight, length)
             least, most = _PLAIN_FLOAT32_FACTORS
             if factor and work.difference.dtype == _FLOAT32 and not least < factor < most:
                 difference, work = work.difference, self._workspace(_FLOAT64)
                 np.copyto(work.difference, difference)
             if not self._fit(work, factor, put, take_back):
                 return 0
-        return grid.indicator_units if weighted <= self._clip_norm else -grid.indicator_units
+        indicator = self._grid.indicator_units
+        return indicator if weight * length <= self._clip_norm else -indicator
+
+    def _factor(self, weight: float, length: float) -> float:
+        """Return what turns a difference of this norm into grid units, weighted and clipped."""
+        if weight * length <= self._clip_norm:
+            return weight * (self._grid.clip_units / self._clip_norm)
+        return _leading_bits(self._grid.clip_units / length)
 
     def _difference(
         self,
@@ -205,7 +204,8 @@ class BoundedSum:
             array.dtype == _FLOAT64 for array in (*values, *(reference or ()))
         )
         work = self._workspace(_FLOAT64 if wide else _FLOAT32)
-        quick = not wide and grid.norm is Norm.L2
+        # A long vector's norm is summed on the way, a short one's in float64 throughout.
+        quick = not wide and grid.norm is Norm.L2 and grid.dimension > kernels.BLOCK
         squares = kernels.PowerSum(Norm.L2, grid.dimension, quick=True)
         for block in work.subtract(values, reference):
             if quick:
@@ -264,8 +264,8 @@ class BoundedSum:
 
     def _room_for_one(self) -> list[NDArray[np.float32]]:
         """Return the blocks of the pending sum, with room for one more unit's integers."""
-        # No entry exceeds the bound once it is checked, nor the clip norm by two units before.
-        most = self._grid.sensitivity_units + 2
+        # No entry exceeds the bound once it is checked, nor twice the bound before that.
+        most = 2 * self._grid.sensitivity_units
         if (self._pending_units + 1) * most > _EXACT_FLOAT32:
             self._flush()
         if not self._pending:
