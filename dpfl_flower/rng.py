@@ -23,11 +23,11 @@ from functools import cache
 from typing import Final, TypeVar, final
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from dpfl_flower import checks
 
@@ -142,15 +142,13 @@ class RandomSource(ABC):
         checks.non_negative_int(n=n)
         draws = np.empty(n, dtype=np.float64)
         for start in range(0, n, _BLOCK_WORDS):
-            # Blocks also keep torch below the size at which it starts threads, which would not
-            # survive a fork.
+            # Not by torch: its threads (MKL's too, from 2,048 numbers on) hang after a fork.
             block = draws[start : start + _BLOCK_WORDS]
-            block[:] = self.uint64(block.size).view(np.int64) >> 11  # uniform on [-2^52, 2^52)
-            block += 0.5
-            block *= 2.0**-52  # exact: 53 significant bits, open interval (-1, 1)
-            tensor = torch.from_numpy(block)
-            torch.erfinv(tensor, out=tensor)  # Phi^-1((1 + t) / 2) = sqrt(2) erfinv(t)
-            block *= math.sqrt(2.0)
+            signed = (self.uint64(block.size).view(np.int64) >> 11) + 0.5  # within +-2^52
+            signed *= 2.0**-53
+            np.subtract(0.5, np.abs(signed), out=block)  # exact, as are the steps before
+            ndtri(block, out=block)
+            np.copysign(block, signed, out=block)
         return draws
 
 
