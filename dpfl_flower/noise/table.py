@@ -169,11 +169,11 @@ class _Thresholds:
     def passed(self, words: _Words, rng: RandomSource) -> NDArray[np.int64]:
         """Count the thresholds at or below numbers of which ``words`` are the first words."""
         counts = np.searchsorted(self.first, words, side="right")
-        tied = np.flatnonzero((counts > 0) & (self.first[counts - 1] == words))
+        smaller = np.searchsorted(self.first, words, side="left")
+        tied = np.flatnonzero(smaller < counts)
         for i, second in zip(tied, rng.uint64(tied.size), strict=True):
-            begin = np.searchsorted(self.first, words[i], side="left")
-            run = self.second[begin : counts[i]]
-            counts[i] = begin + np.searchsorted(run, second, side="right")
+            run = self.second[smaller[i] : counts[i]]
+            counts[i] = smaller[i] + np.searchsorted(run, second, side="right")
         return counts
 
 
