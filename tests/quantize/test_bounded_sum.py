@@ -468,7 +468,7 @@ def test_a_unit_that_rounding_would_carry_over_the_bound_is_shrunk_into_it(dtype
     # All entries lie just above a half, so that rounding to nearest moves all of them outwards.
     grid = make_grid(4000, multiplier=400.0, max_inflation=2.0, indicator_noise=4000.0)
     units = np.zeros(4000)
-    units[:750] = np.resize([0.51, -1.51], 750)
+    units[:700] = np.resize([0.51, -1.51], 700)
     update = [(units * grid.unit_size(1.0)).astype(dtype)]
     assert np.linalg.norm(update[0]) < 1
     assert by_hand(grid, 1.0, update) is None
