@@ -25,12 +25,13 @@ _LINE: Final = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?P<level>INFO|WARNING|ERROR) 
 
 _PROGRESS: Final = re.compile(r"\[ROUND |Run directory: |NOT PRIVATE: ")
 _CHATTER: Final = re.compile(r"Since flwr 1\.32|Manually terminating")
+_REFUSAL: Final = re.compile(r"\bNodeError: (?P<text>.+)$")
+"""Why a hospital refused: in the simulation the hospitals' own logs are here too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return the exit code."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, _as_exit)  # so that what was started is stopped
     run_dir = (options.run_dir or _fresh_run_dir()).absolute()
     overrides: dict[str, str | int] = {"run-dir": str(run_dir)}
     if options.rounds is not None:
@@ -51,7 +52,7 @@ def run_and_report(
             num_supernodes=len(HOSPITALS),
             log_path=run_dir / "flower.log",
             run_config=overrides,
-            on_line=_show,
+            on_line=_Progress().show,
             timeout_seconds=timeout_seconds,
         )
     except (FlowerRunError, TimeoutError) as error:
@@ -86,12 +87,29 @@ def _fresh_run_dir() -> Path:
     return Path("runs") / "medical" / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
-def _show(line: str) -> None:
-    found = _LINE.match(line)
-    if found is None or _CHATTER.search(line):
-        return
-    if found["level"] != "INFO" or _PROGRESS.match(found["text"]):
-        print(found["text"], flush=True)
+class _Progress:
+    """Prints what a user wants to see of a run's log, each thing once."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def show(self, line: str) -> None:
+        """Print the line, or nothing."""
+        text = self._worth_showing(line)
+        if text is not None and text not in self._shown:
+            self._shown.add(text)
+            print(text, flush=True)
+
+    @staticmethod
+    def _worth_showing(line: str) -> str | None:
+        if refusal := _REFUSAL.search(line):
+            return f"A hospital refuses: {refusal['text']}"
+        found = _LINE.match(line)
+        if found is None or _CHATTER.search(line):
+            return None
+        if found["level"] == "INFO" and not _PROGRESS.match(found["text"]):
+            return None
+        return found["text"]
 
 
 def _failed(why: str) -> int:
@@ -104,4 +122,5 @@ def _as_exit(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _as_exit)  # so that what was started is stopped
     sys.exit(main())

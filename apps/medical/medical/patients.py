@@ -8,6 +8,7 @@ message may quote the cell: it is for the hospital's own log and must not leave 
 """
 
 import csv
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,7 @@ def read_patients(path: Path) -> tuple[Patient, ...]:
     return _unique(path, _rows(path, COLUMNS))
 
 
+@functools.cache
 def sample_patients(hospital: str) -> tuple[Patient, ...]:
     """Return the packaged patients of one of `HOSPITALS`.
 

@@ -1,0 +1,1 @@
+"""Shops whose customers rate films learn one recommender; no customer is given away."""

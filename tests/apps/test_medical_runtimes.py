@@ -1,0 +1,110 @@
+"""The app on Flower's own runtimes: the virtual client engine, and ``flwr run`` from end to end."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apps.medical import demo
+from apps.medical.medical.report import Report
+from dpfl_flower.simulation import FlowerRun, RunOutcome
+from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
+
+ROOT = Path(__file__).parents[2]
+APP = ROOT / "apps" / "medical"
+
+
+@pytest.mark.slow
+def test_the_app_runs_on_flowers_virtual_client_engine(tmp_path: Path) -> None:
+    mark = new_mark()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "tests.support.medical_on_virtual_engine", str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, MARK: mark},
+            timeout=500,
+            check=True,
+        )
+    finally:
+        stop_marked(mark)
+    report = Report.load(tmp_path)
+    assert len(report.hospitals) == 4
+    assert report.run_id == 7
+    assert report.worst_epsilon == pytest.approx(1, abs=1e-3)
+    assert all(hospital.durable for hospital in report.hospitals)
+
+
+@pytest.mark.slow
+def test_flwr_run_ends_with_the_table_and_fails_when_every_hospital_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--run-dir", str(tmp_path), "--rounds", "2", "--timeout", "500"]
+    assert demo.main(arguments) == 0
+    printed = capsys.readouterr().out
+    report = Report.load(tmp_path)
+    assert report.rounds == 2
+    assert len(report.hospitals) == 4
+    assert report.table() in printed
+    assert printed.count("[ROUND 2/2]") == 1
+    assert "Run directory: " in printed
+
+    assert demo.main(arguments) == 1
+    refused = capsys.readouterr()
+    assert "error code 111" in refused.out
+    assert re.search(
+        r"A hospital refuses: ledger .*hungary\.jsonl.* exceed the budget", refused.out
+    )
+    assert re.search(r"FAILED: the run failed: .*budget \(epsilon 1 at delta 0\.0001", refused.err)
+    assert Report.load(tmp_path) == report
+
+
+def test_a_run_without_a_result_exits_non_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def completed(*args: object, log_path: Path, **settings: object) -> FlowerRun:
+        return FlowerRun(RunOutcome.COMPLETED, run_id=5, details="", log_path=log_path)
+
+    monkeypatch.setattr(demo, "run_flower_app", completed)
+    assert demo.run_and_report(APP, tmp_path, {}, timeout_seconds=1) == 1
+    assert "without a result" in capsys.readouterr().err
+
+
+def test_a_result_of_another_run_exits_non_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Report(
+        run_id=4,
+        rounds=1,
+        split_seed=1,
+        unit="example",
+        relation="add-or-remove-one",
+        delta=1e-4,
+        worst_epsilon=1.0,
+        epsilon_everywhere=2.0,
+        hospitals=(),
+        expected_hospitals=4,
+        auc=0.9,
+        reference_auc=0.9,
+    ).save(tmp_path)
+
+    def completed(*args: object, log_path: Path, **settings: object) -> FlowerRun:
+        return FlowerRun(RunOutcome.COMPLETED, run_id=5, details="", log_path=log_path)
+
+    monkeypatch.setattr(demo, "run_flower_app", completed)
+    assert demo.run_and_report(APP, tmp_path, {}, timeout_seconds=1) == 1
+    assert "is of run 4, not 5" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_start_exits_non_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    assert demo.run_and_report(tmp_path, tmp_path / "run", {}, timeout_seconds=0.01) == 1
+    assert "FAILED: the Flower run did not end within 0.01 seconds" in capsys.readouterr().err
+
+
+def test_the_demo_takes_a_fresh_run_directory_each_time() -> None:
+    assert demo._fresh_run_dir() != demo._fresh_run_dir()
