@@ -124,7 +124,8 @@ def require_separable(
     """
     batch = _made_up(example, avoid={m.padding_idx for m in _embeddings(model)})
     model.train()
-    with unchanged_buffers(model):
+    # The check draws from torch (dropout) on a state of its own.
+    with unchanged_buffers(model), _same_dropout(example[0].device):
         try:
             with torch.no_grad():
                 model(*batch[:-1])

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import (
@@ -19,8 +19,8 @@ from flwr.common import (
 )
 
 from dpfl_flower import records
-from dpfl_flower._flower import TaskIdentity
 from dpfl_flower.client import NODE_LOGGER, NodeErrorCode, guarded, numpy_client_app
+from tests.support.node import all_bytes, context, message
 
 SECRET = "patient-4711-8.31415926"
 ARRAYS = {
@@ -57,34 +57,14 @@ class AddOne(NumPyClient):
         return 0.25, 9, {"auc": 0.75}
 
 
-def context(**node_config):
-    return Context(run_id=5, node_id=42, node_config=node_config, state=RecordDict(), run_config={})
-
-
-def message(kind="train", content=None):
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 5, 1, 1
-    if content is None:
-        arrays = ArrayRecord({name: Array(array) for name, array in ARRAYS.items()})
-        content = RecordDict(
-            {"arrays": arrays, "config": ConfigRecord({"lr": 0.1, "which": "all"})}
-        )
-    return Message(content, dst_node_id=42, message_type=kind)
+def request():
+    arrays = ArrayRecord({name: Array(array) for name, array in ARRAYS.items()})
+    return RecordDict({"arrays": arrays, "config": ConfigRecord({"lr": 0.1, "which": "all"})})
 
 
 def ask(client, kind="train", content=None, *, mods=None):
     app = numpy_client_app(lambda context: client, mods=mods)
-    return app(message(kind, content), context())
-
-
-def all_bytes(reply):
-    """Every byte that a SuperNode would push for ``reply``."""
-    parts = [reply.deflate()]
-    waiting = list((reply.children or {}).values())
-    while waiting:
-        thing = waiting.pop()
-        parts.append(thing.deflate())
-        waiting += (thing.children or {}).values()
-    return b"".join(parts)
+    return app(message(kind, request() if content is None else content), context())
 
 
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: c.to_client()], ids=["numpy", "client"])
@@ -201,7 +181,7 @@ def test_a_failing_client_function_and_a_failing_mod_are_guarded_too():
         raise RuntimeError(SECRET)
 
     for reply in (
-        numpy_client_app(client_fn)(message(), context()),
+        numpy_client_app(client_fn)(message("train", request()), context()),
         ask(AddOne(), mods=[mod]),
     ):
         assert reply.error.code == NodeErrorCode.CLIENT_FAILED
@@ -230,10 +210,10 @@ def test_guarded_protects_an_authors_own_function():
     def evaluate(message, context):
         return Message(RecordDict({"metrics": MetricRecord({"a": 1})}), reply_to=message)
 
-    reply = app(message(), context())
+    reply = app(message("train", request()), context())
     assert reply.error.code == NodeErrorCode.CLIENT_FAILED
     assert SECRET.encode() not in all_bytes(reply)
-    assert app(message("evaluate"), context()).content["metrics"]["a"] == 1
+    assert app(message("evaluate", request()), context()).content["metrics"]["a"] == 1
     assert train.__name__ == "train"
 
 

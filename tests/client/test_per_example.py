@@ -1,0 +1,336 @@
+"""Opacus' clipped sum is that of single clipped gradients; one record moves it by at most C."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dpfl_flower.client import GradSampleMode, ModelRefused
+from dpfl_flower.client.per_example import per_example_clipper, per_example_losses
+
+CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+C = 0.5
+
+
+class TwoInputs(nn.Module):
+    """Embeds two ids, as a recommender does."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.items, self.head = nn.Embedding(9, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, user, item):
+        return self.head(self.users(user) * self.items(item))
+
+
+class Scaled(nn.Module):
+    """A layer Opacus has no rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.inner(x * self.scale)
+
+
+MODELS = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)),
+        lambda n: [torch.randn(n, 5)],
+    ),
+    "sequence": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)),
+        lambda n: [torch.randn(n, 4, 5)],
+    ),
+    "cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+        ),
+        lambda n: [torch.randn(n, 1, 8, 8)],
+    ),
+    "two-inputs": (TwoInputs, lambda n: [torch.randint(9, (n,)), torch.randint(7, (n,))]),
+    "custom": (Scaled, lambda n: [torch.randn(n, 5)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1)
+
+
+def batch_of(name, n):
+    return [*MODELS[name][1](n), torch.randint(3, (n,))]
+
+
+def clipped_sum(model, batch, *, mode, clip_norm=C, loss_fn=CROSS_ENTROPY):
+    with per_example_clipper(model, loss_fn, clip_norm=clip_norm, mode=mode) as clipper:
+        return clipper.clipped_sum(batch)
+
+
+def reference(model, batch, *, clip_norm=C):
+    """One backward pass per record, in float64: gradient, clip, sum."""
+    model = copy.deepcopy(model).double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    *inputs, targets = batch
+    for i in range(len(targets)):
+        one = [t[i : i + 1].double() if t.is_floating_point() else t[i : i + 1] for t in inputs]
+        loss = CROSS_ENTROPY(model(*one), targets[i : i + 1]).sum()
+        gradient = torch.autograd.grad(loss, parameters)
+        scale = min(1.0, clip_norm / float(norm(gradient)))
+        for so_far, g in zip(total, gradient, strict=True):
+            so_far += scale * g
+    return total
+
+
+def norm(tensors):
+    return torch.linalg.vector_norm(torch.cat([t.detach().double().flatten() for t in tensors]))
+
+
+def distance(left, right):
+    return float(norm([a.double() - b.double() for a, b in zip(left, right, strict=True)]))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 64])
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_sum_is_that_of_clipped_single_gradients(name, mode, n):
+    model = MODELS[name][0]()
+    batch = batch_of(name, n)
+    expected = reference(model, batch)
+    actual = clipped_sum(model, batch, mode=mode)
+    assert [t.shape for t in actual] == [t.shape for t in expected]
+    assert distance(actual, expected) <= 1e-6 * float(norm(expected))
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_small_gradients_are_not_scaled(mode):
+    model, batch = MODELS["mlp"][0](), batch_of("mlp", 7)
+    loss = CROSS_ENTROPY(model(batch[0]), batch[1]).sum()
+    plain = torch.autograd.grad(loss, list(model.parameters()))
+    actual = clipped_sum(model, batch, mode=mode, clip_norm=1e6)
+    assert distance(actual, plain) <= 1e-6 * float(norm(plain))
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_a_frozen_parameter_is_left_out(mode):
+    model, batch = MODELS["mlp"][0](), batch_of("mlp", 7)
+    model[0].weight.requires_grad_(False)
+    assert distance(clipped_sum(model, batch, mode=mode), reference(model, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_half_precision_models_are_summed_in_float32(mode):
+    model = MODELS["mlp"][0]().bfloat16()
+    batch = [torch.randn(7, 5, dtype=torch.bfloat16), torch.randint(3, (7,))]
+    actual = clipped_sum(model, batch, mode=mode)
+    assert all(t.dtype is torch.float32 for t in actual)
+    expected = reference(model, batch)
+    assert distance(actual, expected) < 0.05 * float(norm(expected))
+
+
+HOSTILE = {
+    "huge": 1e5,
+    "enormous": 1e30,
+    "tiny": 1e-23,
+    "nan": math.nan,
+    "inf": math.inf,
+    "largest": 3e38,
+}
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+@pytest.mark.parametrize("name", ["mlp", "sequence", "cnn"])
+def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name, mode, value):
+    model = MODELS[name][0]()
+    *inputs, targets = batch_of(name, 6)
+    inputs[0][3] = inputs[0][3] * value if math.isfinite(value) else value
+    keep = [0, 1, 2, 4, 5]
+    with_it = clipped_sum(model, [*inputs, targets], mode=mode)
+    without = clipped_sum(model, [t[keep] for t in (*inputs, targets)], mode=mode)
+    assert all(torch.isfinite(t).all() for t in with_it)
+    moved = distance(with_it, without)
+    assert moved <= C * (1 + 1e-5)
+    if not math.isfinite(value):
+        assert moved <= 1e-6
+
+
+def test_ghost_norms_survive_cancellation_between_positions():
+    """Two positions of 1e5 whose gradients all but cancel: float32 norms would be noise."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Flatten())
+    inputs = torch.tensor([[[1e5, 1.0], [1e5, -1.0]]])
+
+    def loss_fn(outputs, targets):
+        return outputs[:, 0] - outputs[:, 1]
+
+    batch = [inputs, torch.zeros(1)]
+    ghost = clipped_sum(model, batch, mode="ghost", loss_fn=loss_fn, clip_norm=1.0)
+    torch.testing.assert_close(ghost[0], torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_only_broken_records_give_zeros(mode):
+    model, batch = MODELS["mlp"][0](), batch_of("mlp", 3)
+    batch[0][:] = math.nan
+    assert float(norm(clipped_sum(model, batch, mode=mode))) == 0
+
+
+def hooks_and_leftovers(model):
+    """Count everything that Opacus hangs on a model."""
+    count = 0
+    for module in model.modules():
+        count += len(module._forward_hooks) + len(module._backward_hooks)
+        count += len(module._forward_pre_hooks) + len(module._backward_pre_hooks)
+        left = {"activations", "max_batch_len", "autograd_grad_sample_hooks"}
+        left.add("ft_compute_sample_grad")
+        count += len(left & module.__dict__.keys())
+    for p in model.parameters():
+        count += len(p.__dict__) + (p.grad is not None) + len(p._backward_hooks or ())
+    return count
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("in the backward pass")
+
+
+def fails_in_forward(outputs, targets):
+    raise RuntimeError("in the loss")
+
+
+def fails_in_backward(outputs, targets):
+    return CROSS_ENTROPY(FailsBackward.apply(outputs), targets)
+
+
+@pytest.mark.parametrize("name", ["mlp", "custom"])
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_nothing_stays_on_the_model(name, mode):
+    model, batch = MODELS[name][0](), batch_of(name, 4)
+    for loss_fn in (CROSS_ENTROPY, fails_in_forward, CROSS_ENTROPY, fails_in_backward):
+        clipper = per_example_clipper(model, loss_fn, clip_norm=C, mode=mode)
+        try:
+            with clipper:
+                assert hooks_and_leftovers(model) > 0
+                clipper.clipped_sum(batch)
+        except RuntimeError as error:
+            assert loss_fn is not CROSS_ENTROPY, error
+        else:
+            assert loss_fn is CROSS_ENTROPY
+        assert hooks_and_leftovers(model) == 0
+    assert distance(clipped_sum(model, batch, mode=mode), reference(model, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_a_failed_batch_leaves_nothing_for_the_next(mode):
+    model, batch = MODELS["mlp"][0](), batch_of("mlp", 4)
+    expected = reference(model, batch)
+    fail = [True]
+
+    def loss_fn(outputs, targets):
+        if fail.pop() if fail else False:
+            raise RuntimeError
+        return CROSS_ENTROPY(outputs, targets)
+
+    with per_example_clipper(model, loss_fn, clip_norm=C, mode=mode) as clipper:
+        with pytest.raises(RuntimeError):
+            clipper.clipped_sum(batch)
+        assert distance(clipper.clipped_sum(batch), expected) < 1e-6
+
+
+class SkipsALayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.skipped = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        self.skipped(x)
+        return self.used(x)
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_a_parameter_that_the_loss_does_not_need_gets_zeros(mode):
+    model, batch = SkipsALayer(), batch_of("mlp", 4)
+    for _ in range(2):
+        total = clipped_sum(model, batch, mode=mode)
+        assert float(norm(total[:2])) > 0 and float(norm(total[2:])) == 0
+
+
+class UsesAWeightDirectly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.layer.weight)
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_a_parameter_that_opacus_cannot_see_is_refused(mode):
+    with pytest.raises(ModelRefused, match="outside the forward of its own module"):
+        clipped_sum(UsesAWeightDirectly(), batch_of("mlp", 4), mode=mode)
+
+
+def test_shared_parameters_are_summed_by_hooks_and_refused_by_ghost():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.head(self.second(torch.tanh(self.first(x))))
+
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(torch.tanh(self.layer(x))))
+
+    for kind in (Twice, Again):
+        model, batch = kind(), batch_of("mlp", 4)
+        assert distance(clipped_sum(model, batch, mode="hooks"), reference(model, batch)) < 1e-6
+        with pytest.raises(ModelRefused):
+            clipped_sum(model, batch, mode="ghost")
+        assert hooks_and_leftovers(model) == 0
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), lambda o, t: o, lambda o, t: o[:2, 0]])
+def test_a_loss_that_is_not_one_per_record_is_refused(loss_fn):
+    with pytest.raises(ValueError, match='reduction="none"'):
+        clipped_sum(MODELS["mlp"][0](), batch_of("mlp", 4), mode="hooks", loss_fn=loss_fn)
+
+
+def test_a_column_of_losses_is_one_per_record():
+    outputs = torch.randn(4, 1)
+    losses = per_example_losses(outputs, torch.zeros(4, 1), nn.MSELoss(reduction="none"))
+    assert losses.shape == (4,)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="clip_norm=0"):
+        per_example_clipper(nn.Linear(1, 1), CROSS_ENTROPY, clip_norm=0)
+    with pytest.raises(ValueError, match="functorch"):
+        per_example_clipper(nn.Linear(1, 1), CROSS_ENTROPY, clip_norm=1, mode="functorch")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_sum_is_the_same_on_cuda(name, mode):
+    model, batch = MODELS[name][0](), batch_of(name, 7)
+    expected = reference(model, batch)
+    actual = clipped_sum(model.cuda(), [t.cuda() for t in batch], mode=mode)
+    assert distance([t.cpu() for t in actual], expected) <= 1e-5 * float(norm(expected))
