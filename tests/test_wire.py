@@ -1,0 +1,69 @@
+import io
+
+import numpy as np
+import pytest
+from flwr.app import Array
+from numpy.lib import format as npy
+
+from dpfl_flower.wire import read_array
+
+
+def serialized(array, version=None):
+    stream = io.BytesIO()
+    npy.write_array(stream, array, version=version, allow_pickle=True)
+    return Array(str(array.dtype), tuple(array.shape), "numpy.ndarray", stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(12.0)[::3],
+        np.array(2.5),
+        np.zeros((0, 3), np.float16),
+        np.array([True, False]),
+        np.arange(3, dtype=">i8"),
+    ],
+    ids=["C", "Fortran", "strided", "0-d", "empty", "bool", "big endian"],
+)
+def test_it_reads_what_flower_reads(array):
+    message = Array(array)
+    ours, theirs = read_array(message), message.numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+
+
+def test_the_view_shares_the_message_and_cannot_be_written():
+    message = Array(np.arange(5.0))
+    view = read_array(message)
+    assert np.shares_memory(view, np.frombuffer(message.data, np.uint8))
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1.0
+
+
+def test_a_later_version_of_the_header_is_read():
+    array = np.arange(4.0)
+    np.testing.assert_array_equal(read_array(serialized(array, (2, 0))), array)
+
+
+def test_python_objects_are_never_unpickled():
+    with pytest.raises(ValueError, match="Python objects"):
+        read_array(serialized(np.array([print, {}], dtype=object)))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage" * 50, serialized(np.arange(100.0)).data[:-8]], ids=str
+)
+def test_bytes_that_are_no_array_are_refused(data):
+    with pytest.raises(ValueError):
+        read_array(Array("float64", (100,), "numpy.ndarray", data))
+
+
+def test_an_unknown_version_and_an_unknown_serialization_are_refused():
+    good = serialized(np.arange(4.0)).data
+    with pytest.raises(ValueError, match="version="):
+        read_array(Array("float64", (4,), "numpy.ndarray", good[:6] + b"\x09" + good[7:]))
+    with pytest.raises(TypeError, match="stype='torch'"):
+        read_array(Array("float64", (4,), "torch", good))
