@@ -14,6 +14,8 @@ of a fixed size. What has no valid price raises; nothing is approximated from be
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
 
 from dpfl_flower.accounting import pld, rdp
 from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_epsilon
@@ -165,14 +167,10 @@ class Price:
             return 0.0
         if self.no_noise:
             return math.inf
-        renyi, rest = self._split()
-        if renyi and rest:
+        if self._renyi and self._rest:
             # Basic composition of two valid statements, half of delta each.
-            half = delta / 2
-            return self._epsilon_rdp(renyi, half) + self._epsilon(rest, half, coarseness)
-        if renyi:
-            return self._epsilon_rdp(renyi, delta)
-        return self._epsilon(rest, delta, coarseness)
+            return self._curve.epsilon(delta / 2) + self._epsilon(delta / 2, coarseness)
+        return self._curve.epsilon(delta) if self._renyi else self._epsilon(delta, coarseness)
 
     def delta(self, epsilon: float) -> float:
         """Return the smallest delta that is proven at ``epsilon``."""
@@ -180,80 +178,93 @@ class Price:
             return 0.0
         if self.no_noise:
             return 1.0
-        renyi, rest = self._split()
-        if renyi and rest:
-            return min(1.0, self._delta_rdp(renyi, epsilon / 2) + self._delta(rest, epsilon / 2))
-        return self._delta_rdp(renyi, epsilon) if renyi else self._delta(rest, epsilon)
+        if self._renyi and self._rest:
+            return min(1.0, self._curve.delta(epsilon / 2) + self._delta(epsilon / 2))
+        return self._curve.delta(epsilon) if self._renyi else self._delta(epsilon)
 
-    def _split(self) -> tuple[Mapping[Event, int], Mapping[Event, int]]:
-        """Return what only Rényi curves can price, with all that joins it, and the rest."""
+    @cached_property
+    def _renyi(self) -> Mapping[Event, int]:
+        """What only Rényi curves can price, with all that can join it."""
         if not any(isinstance(event, FixedSizeSampled) for event in self.counts):
-            return {}, self.counts
-        renyi = {e: n for e, n in self.counts.items() if rdp.supports(e, self.relation)}
-        return renyi, {e: n for e, n in self.counts.items() if e not in renyi}
+            return {}
+        return {e: n for e, n in self.counts.items() if rdp.supports(e, self.relation)}
 
-    def _epsilon_rdp(self, counts: Mapping[Event, int], delta: float) -> float:
-        return float(rdp.compose(counts, self.relation).get_epsilon(delta))
+    @cached_property
+    def _rest(self) -> Mapping[Event, int]:
+        """What is priced exactly or by privacy losses."""
+        return {e: n for e, n in self.counts.items() if e not in self._renyi}
 
-    def _delta_rdp(self, counts: Mapping[Event, int], epsilon: float) -> float:
-        return float(rdp.compose(counts, self.relation).get_delta(epsilon))
+    @cached_property
+    def _curve(self) -> rdp.Curve:
+        """The Rényi curve of `_renyi`."""
+        return rdp.compose(self._renyi, self.relation)
+
+    @cached_property
+    def _losses(self) -> Any:
+        """The privacy losses of `_rest`, on the grid that is meant for them."""
+        interval = pld.interval_for(self._rest, self.relation)
+        return pld.compose(self._rest, self.relation, interval)
 
     @property
     def gridded(self) -> bool:
         """Whether the price comes from a grid of privacy losses, and `coarseness` matters."""
-        rest = self._split()[1]
-        return bool(rest) and not self.no_noise and not self._unsampled(rest)
+        return bool(self._rest) and not self.no_noise and not self._unsampled
 
     def coarsest(self, target: float) -> int:
         """Return the coarseness at which an epsilon near ``target`` is still about right."""
-        return pld.coarsest(self._split()[1], self.relation, target) if self.gridded else 1
+        return pld.coarsest(self._rest, self.relation, target) if self.gridded else 1
 
     def approximate_mu(self) -> float:
         """Return the mu of a Gaussian that costs about as much: a first guess, and no bound."""
         return math.inf if self.no_noise else pld.approximate_mu(self.counts, self.relation)
 
-    def _epsilon(self, counts: Mapping[Event, int], delta: float, coarseness: int) -> float:
-        if self._unsampled(counts):
-            return gaussian_epsilon(self._mu(counts), delta) + self._pure(counts)
+    def _epsilon(self, delta: float, coarseness: int) -> float:
+        if self._unsampled:
+            return gaussian_epsilon(self._mu, delta) + self._pure
         if delta < pld.SMALLEST_DELTA:
-            if not all(rdp.supports(event, self.relation) for event in counts):
+            if not all(rdp.supports(event, self.relation) for event in self._rest):
                 raise UnsupportedEvent(
-                    f"delta={delta!r} must be >= {pld.SMALLEST_DELTA} for {list(counts)} "
+                    f"delta={delta!r} must be >= {pld.SMALLEST_DELTA} for {list(self._rest)} "
                     f"under {self.relation}"
                 )
-            return self._epsilon_rdp(counts, delta)
-        interval = coarseness * pld.interval_for(counts, self.relation)
-        return float(pld.compose(counts, self.relation, interval).get_epsilon_for_delta(delta))
+            return rdp.compose(self._rest, self.relation).epsilon(delta)
+        if coarseness == 1:
+            return float(self._losses.get_epsilon_for_delta(delta))
+        interval = coarseness * pld.interval_for(self._rest, self.relation)
+        coarse = pld.compose(self._rest, self.relation, interval)
+        return float(coarse.get_epsilon_for_delta(delta))
 
-    def _delta(self, counts: Mapping[Event, int], epsilon: float) -> float:
-        if self._unsampled(counts):
-            pure = self._pure(counts)
-            return gaussian_delta(self._mu(counts), epsilon - pure) if pure <= epsilon else 1.0
-        interval = pld.interval_for(counts, self.relation)
-        found = float(pld.compose(counts, self.relation, interval).get_delta_for_epsilon(epsilon))
-        return min(1.0, max(found, 0.0))
+    def _delta(self, epsilon: float) -> float:
+        if self._unsampled:
+            left = epsilon - self._pure
+            return gaussian_delta(self._mu, left) if left >= 0 else 1.0
+        return min(1.0, max(0.0, float(self._losses.get_delta_for_epsilon(epsilon))))
 
-    def _unsampled(self, counts: Mapping[Event, int]) -> bool:
-        """Return whether to price everything as Gaussians and pure epsilons, without coins."""
-        if all(isinstance(event, Gaussian) for event in counts):
+    @cached_property
+    def _unsampled(self) -> bool:
+        """Whether to price `_rest` as Gaussians and pure epsilons, without coins."""
+        if all(isinstance(event, Gaussian) for event in self._rest):
             return True
-        return pld.approximate_mu(counts, self.relation) > _NO_AMPLIFICATION_ABOVE_MU
+        return pld.approximate_mu(self._rest, self.relation) > _NO_AMPLIFICATION_ABOVE_MU
 
-    def _mu(self, counts: Mapping[Event, int]) -> float:
-        """Return the mu of all Gaussian noise, as if everyone took part each time."""
+    @property
+    def _mu(self) -> float:
+        """The mu of all Gaussian noise in `_rest`, as if everyone took part each time."""
         factor = 2 if self.relation is Relation.REPLACE_ONE else 1
         total = 0.0
-        for event, count in counts.items():
+        for event, count in self._rest.items():
             if not _is_laplace(event):
                 # A cap may bring another unit in when one leaves: the sum moves by two clip norms.
                 moved = 2 if isinstance(event, CappedPoissonSampled) else factor
                 total += count * (moved / _noise_multiplier(event)) ** 2
         return math.sqrt(total)
 
-    def _pure(self, counts: Mapping[Event, int]) -> float:
-        """Return the summed pure epsilon of all Laplace noise."""
+    @property
+    def _pure(self) -> float:
+        """The summed pure epsilon of all Laplace noise in `_rest`."""
         factor = 2 if self.relation is Relation.REPLACE_ONE else 1
-        return sum(n * factor / _noise_multiplier(e) for e, n in counts.items() if _is_laplace(e))
+        laplace = {e: n for e, n in self._rest.items() if _is_laplace(e)}
+        return sum(count * factor / _noise_multiplier(e) for e, count in laplace.items())
 
 
 def _simplify(event: Event) -> Event:

@@ -105,10 +105,10 @@ class Charges:
     def _affordable(self, plan: Plan, epsilon_budget: float) -> int:
         """Return how many releases of a run, those charged included, stay within a budget."""
         others = self._events_without(plan.run)
-        variation = self._variation({**self._charged, plan.run: plan.count})
 
         def price(count: int) -> Price:
             events = [*others, Composed(plan.event, count)] if count else others
+            variation = self._variation({**self._charged, plan.run: count})
             return Price(events, self._relation, total_variation=variation)
 
         return largest_within(price, epsilon_budget, self._delta, at_most=plan.count)

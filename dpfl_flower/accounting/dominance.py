@@ -11,7 +11,7 @@ single releases priced in isolation decide.
 
 from collections.abc import Iterable, Sequence
 
-from dpfl_flower.accounting.accountant import delta
+from dpfl_flower.accounting.accountant import Price
 from dpfl_flower.accounting.events import Event, FixedSizeSampled, count_events
 from dpfl_flower.accounting.units import Relation
 
@@ -29,7 +29,8 @@ def dearest(events: Iterable[Event], relation: Relation) -> list[Event]:
     """
     candidates: list[tuple[Event, Sequence[float]]] = []
     for event in dict.fromkeys(events):
-        profile = [delta([event], epsilon=epsilon, relation=relation) for epsilon in _EPSILONS]
+        price = Price([event], relation)
+        profile = [price.delta(epsilon) for epsilon in _EPSILONS]
         if any(_dominates(other, theirs, event, profile) for other, theirs in candidates):
             continue
         candidates = [

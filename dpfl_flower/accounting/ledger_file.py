@@ -58,7 +58,8 @@ class Chain:
 
     def extends(self, position: LedgerPosition) -> bool:
         """Return whether ``position`` is one this chain has been at."""
-        return self._heads.get(position.length) == position.head
+        head = self._heads.get(position.length)
+        return head is not None and head == position.head
 
     def line(self, record: dict[str, Any]) -> bytes:
         """Return the bytes of the next line."""

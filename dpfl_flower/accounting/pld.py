@@ -35,7 +35,7 @@ SMALLEST_DELTA = 1e-10
 
 _GRID_POINTS_WANTED = 2_000
 _GRID_POINTS_SINGLE = 400_000
-_GRID_POINTS_COMPOSED = 1_000_000
+_GRID_POINTS_COMPOSED = 2_000_000
 _MOST_HALVINGS = 20
 _COARSE_ERROR = 1e-3
 _COARSE_POINTS = 8_000
@@ -105,6 +105,11 @@ def _capped(event: CappedPoissonSampled, relation: Relation, interval: float) ->
     chance = overfull * event.cap / full / event.population
     pushing = poisson.distribution(chance, z / 2, replace=True, interval=interval)
     return pushing.compute_mixture(plain, full)
+
+
+def forget() -> None:
+    """Drop the distributions of single releases that are kept for reuse."""
+    _distribution.cache_clear()
 
 
 def compose(counts: Mapping[Event, int], relation: Relation, interval: float) -> Any:

@@ -5,16 +5,18 @@ Gaussian, fixed-size sampled and Laplace events alike), so noise multipliers are
 they are handed over under replace-one. Privacy loss distributions must not be given halved ones.
 
 >>> counts = {FixedSizeSampled(1000, 50, Gaussian(1.0)): 200}
->>> round(float(compose(counts, Relation.REPLACE_ONE).get_epsilon(1e-5)), 1)
+>>> round(compose(counts, Relation.REPLACE_ONE).epsilon(1e-5), 1)
 58.4
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import dp_accounting
 import numpy as np
 from dp_accounting import rdp
+from dp_accounting.rdp import rdp_privacy_accountant
+from numpy.typing import NDArray
 
 from dpfl_flower.accounting.events import (
     Event,
@@ -24,6 +26,8 @@ from dpfl_flower.accounting.events import (
     PoissonSampled,
 )
 from dpfl_flower.accounting.units import Relation
+
+_ROUNDING = 1e-13
 
 
 def supports(event: Event, relation: Relation) -> bool:
@@ -55,8 +59,26 @@ def _translate(event: Event, sensitivity: int) -> dp_accounting.DpEvent:
             raise TypeError(f"{event!r} has no Rényi curve")
 
 
-def compose(counts: Mapping[Event, int], relation: Relation) -> Any:
-    """Return dp-accounting's Rényi accountant with all the releases in ``counts`` composed."""
+@dataclass(frozen=True)
+class Curve:
+    """Rényi divergences of a composition at some orders."""
+
+    orders: NDArray[np.float64]
+    divergences: NDArray[np.float64]
+
+    def epsilon(self, delta: float) -> float:
+        """Return the smallest epsilon over the orders (arXiv 2004.00010, Proposition 12)."""
+        found, _ = rdp_privacy_accountant.compute_epsilon(self.orders, self.divergences, delta)
+        return float(found)
+
+    def delta(self, epsilon: float) -> float:
+        """Return the smallest delta over the orders."""
+        found, _ = rdp_privacy_accountant.compute_delta(self.orders, self.divergences, epsilon)
+        return float(found)
+
+
+def compose(counts: Mapping[Event, int], relation: Relation) -> Curve:
+    """Return the curve of all the releases in ``counts`` together."""
     replace = relation is Relation.REPLACE_ONE
     neighbours = dp_accounting.NeighboringRelation
     accountant = rdp.RdpAccountant(
@@ -65,4 +87,7 @@ def compose(counts: Mapping[Event, int], relation: Relation) -> Any:
     with np.errstate(all="ignore"):  # orders that overflow are infinite, and not the best ones
         for event, count in counts.items():
             accountant.compose(_translate(event, 2 if replace else 1), count)
-    return accountant
+    # Rounding makes tiny divergences zero or negative, which dp-accounting reads as "no privacy
+    # lost". The logarithms that are divided by (order - 1) >= 0.1 are good to about 1e-14.
+    rounding = _ROUNDING * sum(counts.values())
+    return Curve(accountant.orders, np.maximum(accountant.rdp, 0.0) + rounding)

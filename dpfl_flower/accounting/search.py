@@ -14,7 +14,7 @@ from dpfl_flower.accounting.accountant import Price
 from dpfl_flower.accounting.analytic import gaussian_mu
 
 _LOG_NOISE_RANGE = (math.log(1e-6), math.log(1e9))
-_NARROWEST = 1e-9
+_NARROWEST = 1e-6
 _CLAMP = 20.0
 _COARSE_ENOUGH = 1e-3
 _MAX_COARSE = 25
