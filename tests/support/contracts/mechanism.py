@@ -1,13 +1,12 @@
 """What an integer mechanism must obey: a grid, the bounded sum over it, and its noise."""
 
-import random
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.rng import secure
 from tests.support.contracts import statistics
 from tests.support.contracts.hostile import UNIT_KINDS, unit_arrays
+from tests.support.contracts.seeds import reseed
 
 CLAIMS = settings(
     max_examples=150,
@@ -157,7 +157,7 @@ class MechanismContract(ABC):
         grid = self.grid(1.0, 3, Rounding.NEAREST)
         draws = [self._draws(grid).astype(float) for _ in range(3)]
         statistics.require_uncorrelated(draws)
-        assert all(np.mean(a == b) < 0.01 for a, b in zip(draws, draws[1:], strict=False))
+        assert all(np.mean(a == b) < 0.01 for a, b in itertools.pairwise(draws))
 
     def test_neighbouring_draws_are_uncorrelated(self):
         draws = self._draws(self.grid(1.0, 3, Rounding.NEAREST)).astype(float)
@@ -200,10 +200,3 @@ class MechanismContract(ABC):
             assert sum(q * q for q in vector) <= bound**2
         else:
             assert sum(map(abs, vector)) <= bound
-
-
-def reseed() -> None:
-    """Put the generators that follow a seed back to the same place."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  (the global one is what must not matter)
-    torch.manual_seed(0)

@@ -17,7 +17,7 @@ OFF = 1.03  # a scale this far from the stated one, either way, must be rejected
 
 
 def scale_fits(draws: NDArray[np.float64], stddev: float) -> bool:
-    """Whether centred Gaussian ``draws`` have this standard deviation: chi-square on their squares."""
+    """Whether centred Gaussian ``draws`` have this standard deviation (chi-square)."""
     statistic = float(np.square(draws / stddev).sum())
     tail = min(stats.chi2.cdf(statistic, draws.size), stats.chi2.sf(statistic, draws.size))
     return tail >= FALSE_ALARM / 2
@@ -28,18 +28,36 @@ def shape_fits(draws: NDArray[np.float64], stddev: float) -> bool:
     return stats.kstest(draws / stddev, "norm").pvalue >= FALSE_ALARM
 
 
-def require_scale(draws: NDArray[np.float64], stddev: float, *, allowance: float = 0.0) -> None:
+def require_scale(
+    draws: NDArray[np.float64],
+    stddev: float,
+    *,
+    allowance: float = 0.0,
+    off: float = OFF,
+    shape: bool = True,
+) -> None:
     """Require Gaussian draws of the stated scale, and that the test would see one 3 % off.
 
-    ``allowance`` is by how much the true scale may exceed the stated one (never fall below it).
+    Parameters
+    ----------
+    draws : array
+    stddev : float
+        What is stated.
+    allowance : float
+        By how much the true scale may exceed the stated one; it may never fall below it.
+    off : float
+        The wrong scale that must be seen, 1.03.
+    shape : bool
+        Whether to require the shape of a Gaussian too, and to see the wrong scale by it.
     """
     assert np.isfinite(draws).all()
+    found = float(np.sqrt(np.mean(draws**2)))
     fits = [scale_fits(draws, stddev * (1 + a)) for a in np.linspace(0, allowance, 5)]
-    assert any(fits), f"stddev is {np.sqrt(np.mean(draws**2)):.6g}, must be {stddev:.6g}"
-    assert shape_fits(draws, float(np.sqrt(np.mean(draws**2)))), "the noise is not Gaussian"
-    for wrong in (stddev * OFF * (1 + allowance), stddev / OFF):
+    assert any(fits), f"the standard deviation is {found:.6g}, stated is {stddev:.6g}"
+    assert not shape or shape_fits(draws, found), "the noise is not Gaussian"
+    for wrong in (stddev * off * (1 + allowance), stddev / off):
         assert not scale_fits(draws, wrong), "the test has no power: more draws are needed"
-        assert not shape_fits(draws, wrong), "the test has no power: more draws are needed"
+        assert not (shape and shape_fits(draws, wrong)), "no power: more draws are needed"
 
 
 def cells_fit(

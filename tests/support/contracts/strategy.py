@@ -1,0 +1,78 @@
+"""How the contracts get at a strategy that releases noisy sums."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+
+from dpfl_flower.noise import RoundedGaussian
+from dpfl_strategies import PrivateStrategy
+
+Noise = Callable[[int], NDArray[np.int64]]
+
+
+class StrategySubject(ABC):
+    """How a contract gets at the strategy under test.
+
+    Attributes
+    ----------
+    clip_norm : float
+        The clip norm of the strategy's first round.
+    """
+
+    clip_norm = 0.5
+
+    @abstractmethod
+    def strategy(self, **settings: Any) -> PrivateStrategy:
+        """Return the strategy with the clip norm of the class.
+
+        It adds the noisy mean to the model as it is. ``settings`` are keyword arguments of
+        `PrivateStrategy`, among them always ``sampling`` and ``noise_multiplier``.
+        """
+
+    def update_noise_multiplier(self, noise_multiplier: float, expected_cohort: float) -> float:
+        """Return the noise on the update alone, in clip norms, when the release has this much."""
+        del expected_cohort
+        return noise_multiplier
+
+    def released_state(self, strategy: PrivateStrategy, arrays: ArrayRecord) -> NDArray[np.float64]:
+        """Return all that a round released, each entry linear in one noisy integer or constant."""
+        # Adaptive clipping: log C moves by the noisy fraction times a constant.
+        return np.append(flat(arrays), np.log(strategy.clip_norm))
+
+    @contextmanager
+    def noise_replaced(self, noise: Noise) -> Iterator[dict[str, float]]:
+        """Let the strategy draw ``noise(n)``; yields the standard deviation that it would have."""
+        seen: dict[str, float] = {}
+
+        def sample(distribution: RoundedGaussian, n: int, rng: object) -> NDArray[np.int64]:
+            del rng
+            seen["stddev"] = distribution.scale
+            return noise(n)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RoundedGaussian, "sample", sample)
+            yield seen
+
+
+def flat(arrays: ArrayRecord) -> NDArray[np.float64]:
+    """Return all floating entries of a record as one float64 vector."""
+    found = (array.numpy() for array in arrays.values())
+    return np.concatenate([a.ravel().astype(np.float64) for a in found if a.dtype.kind == "f"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing inside: thousands of rounds say the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
