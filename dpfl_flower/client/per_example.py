@@ -196,8 +196,7 @@ class HooksClipper(PerExampleClipper):
         if gradient is None:
             _require_unused(p)
             return p.new_zeros((records, *p.shape))
-        if len(gradient) != records:
-            raise ModelRefused(f"{len(gradient)} gradients for {records} records")
+        _require_one_each(len(gradient), records)
         return gradient
 
 
@@ -241,6 +240,7 @@ class GhostClipper(PerExampleClipper):
         if norms is None:
             _require_unused(p)
             return p.new_zeros(records, dtype=torch.float64)
+        _require_one_each(len(norms), records)
         return norms.double()
 
 
@@ -286,6 +286,14 @@ def _no_hook_warning() -> Iterator[None]:
 
 def _refused(error: NotImplementedError) -> ModelRefused:
     return ModelRefused(f"Opacus cannot bound this model's gradients: {error}")
+
+
+def _require_one_each(gradients: int, records: int) -> None:
+    if gradients != records:
+        raise ModelRefused(
+            f"Opacus sees {gradients} gradients for {records} records: the first dimension of what "
+            "a layer gets must count the records"
+        )
 
 
 def _require_unused(p: nn.Parameter) -> None:

@@ -280,6 +280,37 @@ def test_a_parameter_that_opacus_cannot_see_is_refused(mode):
         clipped_sum(UsesAWeightDirectly(), batch_of("mlp", 4), mode=mode)
 
 
+class Unrolls(nn.Module):
+    """Puts the positions of a sequence where the records should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 5)).reshape(len(x), -1, 3).sum(1)
+
+
+class TrainsBesideABuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+        self.register_buffer("shift", torch.ones(5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x.mean(1) * self.scale + self.shift)
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+@pytest.mark.parametrize("kind", [Unrolls, TrainsBesideABuffer])
+def test_what_opacus_has_no_single_gradients_for_is_refused(kind, mode):
+    model = kind()
+    with pytest.raises(ModelRefused, match="Opacus"):
+        clipped_sum(model, batch_of("sequence", 4), mode=mode)
+    assert hooks_and_leftovers(model) == 0
+
+
 def test_shared_parameters_are_summed_by_hooks_and_refused_by_ghost():
     class Twice(nn.Module):
         def __init__(self):
