@@ -75,12 +75,18 @@ def main() -> None:
         f"delta {first.delta:g}, {first.rounds} rounds\n"
     )
     print(table(reports))
-    mean = statistics.fmean(report.auc for report in reports if report.auc is not None)
+    mean = statistics.fmean(
+        report.not_private_auc for report in reports if report.not_private_auc is not None
+    )
     print(f"\npooled AUC {mean:.4f} bar {BAR}")
 
 
 def _aucs(report: Report) -> list[float | None]:
-    return [report.auc, *(h.auc for h in report.hospitals), report.reference_auc]
+    return [
+        report.not_private_auc,
+        *(h.not_private_auc for h in report.hospitals),
+        report.not_private_reference_auc,
+    ]
 
 
 def _auc(values: Sequence[float | None]) -> str:

@@ -57,6 +57,8 @@ def run_and_report(
         )
     except (FlowerRunError, TimeoutError) as error:
         return _failed(str(error))
+    except KeyboardInterrupt:
+        return _failed("interrupted; everything that was started has been stopped")
     if not run.completed:
         return _failed(f"the run {run.outcome}: {run.details}\nSee {run.log_path}")
     try:

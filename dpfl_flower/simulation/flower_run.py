@@ -126,7 +126,9 @@ def run_flower_app(
         raise ValueError(f"app={str(app)!r} must be a folder that holds a pyproject.toml")
     deadline = _Deadline(timeout_seconds)
     # Ray's socket paths must stay below 108 characters, which a long TMPDIR would exceed.
-    with tempfile.TemporaryDirectory(prefix="dpfl-", dir="/tmp") as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="dpfl-", dir="/tmp", ignore_cleanup_errors=True
+    ) as scratch:
         home = Path(scratch) / "home" if flwr_home is None else flwr_home.resolve()
         home.mkdir(parents=True, exist_ok=True)
         environment = _environment(home, ray_folder=Path(scratch) / "ray")
@@ -320,11 +322,12 @@ def _environment(home: Path, *, ray_folder: Path) -> dict[str, str]:
     """Return this process's environment, cut off from other Flower and Ray installations."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "RAY_"))}
     scripts = sysconfig.get_path("scripts")
-    if shutil.which("flwr", path=scripts) is None:
-        raise FlowerRunError(f"flwr is not installed beside this interpreter, in {scripts}")
+    path = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+    if shutil.which("flwr", path=path) is None:
+        raise FlowerRunError(f"the command flwr is not installed in {path}")
     no_proxy = ",".join(filter(None, [os.environ.get("no_proxy"), _HOST, "localhost"]))
     return environment | {
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "PATH": path,
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,

@@ -144,9 +144,11 @@ def test_a_hospital_trains_within_its_own_policy_only(config: Config) -> None:
 def test_without_noise_and_clipping_the_federation_is_the_pooled_model(config: Config) -> None:
     free = config | {"target-epsilon": 1e8, "clip-norm": 8.0, "num-server-rounds": 10}
     report = run(free)
-    assert report.auc == pytest.approx(report.reference_auc, abs=1e-3)
+    assert report.not_private_auc == pytest.approx(report.not_private_reference_auc, abs=1e-3)
     for hospital in report.hospitals:
-        assert hospital.auc == pytest.approx(hospital.reference_auc, abs=5e-3)
+        assert hospital.not_private_auc == pytest.approx(
+            hospital.not_private_reference_auc, abs=5e-3
+        )
 
 
 def test_the_reference_is_logistic_regression_by_momentum(config: Config) -> None:
@@ -211,7 +213,7 @@ def test_a_hospitals_own_file_trains_as_its_own_data_set(config: Config, tmp_pat
     # The server, which chooses run-dir, does not choose where a hospital keeps its ledger.
     assert not (Path(str(config["run-dir"])) / "ledgers").exists()
     # What is not packaged cannot be pooled for comparison.
-    assert report.reference_auc is None
+    assert report.not_private_reference_auc is None
     assert "this run only" in report.table()
     assert "n/a" in report.table()
 
@@ -224,9 +226,9 @@ def test_a_file_like_the_packaged_one_gives_the_same_patients(tmp_path: Path) ->
 
 def test_a_hospital_may_keep_its_held_out_patients_to_itself(config: Config) -> None:
     report = run(config, node_configs=[{"share-held-out": False}, {}, {}, {}])
-    assert report.hospitals[0].auc is None
-    assert all(hospital.auc is not None for hospital in report.hospitals[1:2])
-    assert report.auc is not None
+    assert report.hospitals[0].not_private_auc is None
+    assert all(hospital.not_private_auc is not None for hospital in report.hospitals[1:2])
+    assert report.not_private_auc is not None
 
 
 def test_a_bad_file_stops_its_hospital_and_tells_the_server_nothing(

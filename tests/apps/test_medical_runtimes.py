@@ -86,8 +86,8 @@ def test_a_result_of_another_run_exits_non_zero(
         epsilon_everywhere=2.0,
         hospitals=(),
         expected_hospitals=4,
-        auc=0.9,
-        reference_auc=0.9,
+        not_private_auc=0.9,
+        not_private_reference_auc=0.9,
     ).save(tmp_path)
 
     def completed(*args: object, log_path: Path, **settings: object) -> FlowerRun:

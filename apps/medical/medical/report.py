@@ -27,8 +27,8 @@ class HospitalReport:
         What its patients have spent, at ``delta``, as the hospital claims.
     durable
         Whether that counts all runs in the hospital's ledger file, or this run only.
-    auc, reference_auc
-        NOT PRIVATE: on its held-out patients, by the private model and by one trained without
+    not_private_auc, not_private_reference_auc
+        On its held-out patients, by the private model and by one trained without
         privacy. None where the hospital did not answer or holds out one class only.
     """
 
@@ -36,8 +36,8 @@ class HospitalReport:
     epsilon: float
     delta: float
     durable: bool
-    auc: float | None
-    reference_auc: float | None
+    not_private_auc: float | None
+    not_private_reference_auc: float | None
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Report:
         The largest of the hospitals' epsilons: for a patient seen in one of them.
     epsilon_everywhere
         The composition: for a patient seen in every one of them.
-    auc, reference_auc
-        NOT PRIVATE: on the held-out patients of all hospitals together.
+    not_private_auc, not_private_reference_auc
+        On the held-out patients of all hospitals together.
     """
 
     run_id: int
@@ -68,8 +68,8 @@ class Report:
     epsilon_everywhere: float
     hospitals: tuple[HospitalReport, ...]
     expected_hospitals: int
-    auc: float | None
-    reference_auc: float | None
+    not_private_auc: float | None
+    not_private_reference_auc: float | None
 
     def save(self, run_dir: Path) -> Path:
         """Write ``run_dir/result.json``, all of it or nothing, and return its path."""
@@ -94,14 +94,20 @@ class Report:
                 hospital.dataset,
                 rounded_up(hospital.epsilon),
                 "all runs in its ledger" if hospital.durable else "this run only",
-                _auc(hospital.auc),
-                _auc(hospital.reference_auc),
+                _auc(hospital.not_private_auc),
+                _auc(hospital.not_private_reference_auc),
             )
             for hospital in self.hospitals
         ]
         worst = rounded_up(self.worst_epsilon)
         rows.append(
-            ("all, pooled", f"{worst} (worst)", "", _auc(self.auc), _auc(self.reference_auc))
+            (
+                "all, pooled",
+                f"{worst} (worst)",
+                "",
+                _auc(self.not_private_auc),
+                _auc(self.not_private_reference_auc),
+            )
         )
         everywhere = rounded_up(self.epsilon_everywhere)
         trained = len(self.hospitals)

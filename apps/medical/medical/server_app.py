@@ -153,12 +153,12 @@ def _report(
                 epsilon=claim.epsilon,
                 delta=claim.delta,
                 durable=claim.durable,
-                auc=histograms.get(node, ScoreHistogram.empty()).auc,
-                reference_auc=reference.get(claim.dataset, ScoreHistogram.empty()).auc,
+                not_private_auc=histograms.get(node, ScoreHistogram.empty()).auc,
+                not_private_reference_auc=reference.get(claim.dataset, ScoreHistogram.empty()).auc,
             )
             for node, claim in claims.items()
         ),
         expected_hospitals=settings.num_hospitals,
-        auc=sum(histograms.values(), ScoreHistogram.empty()).auc,
-        reference_auc=sum(reference.values(), ScoreHistogram.empty()).auc,
+        not_private_auc=sum(histograms.values(), ScoreHistogram.empty()).auc,
+        not_private_reference_auc=sum(reference.values(), ScoreHistogram.empty()).auc,
     )

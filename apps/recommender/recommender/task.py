@@ -38,8 +38,6 @@ class Settings:
         vote: everybody has the same say, whether with 20 ratings or with 700.
     server_learning_rate, server_momentum
         Of the server optimizer, which is `FedAvgM`.
-    average_from_round
-        The result is the mean of the models released from this round on.
     target_epsilon, target_delta
         What all rounds may cost a user.
     split_seed
@@ -54,7 +52,6 @@ class Settings:
     clip_norm: float
     server_learning_rate: float
     server_momentum: float
-    average_from_round: int
     target_epsilon: float
     target_delta: float
     split_seed: int
@@ -65,9 +62,7 @@ class Settings:
             num_nodes=self.num_nodes,
             num_users=self.num_users,
             num_rounds=self.num_rounds,
-            average_from_round=self.average_from_round,
         )
-        checks.at_most(self.num_rounds, average_from_round=self.average_from_round)
         checks.positive(
             clip_norm=self.clip_norm,
             server_learning_rate=self.server_learning_rate,
@@ -95,7 +90,6 @@ class Settings:
             clip_norm=read("clip-norm", float),
             server_learning_rate=read("server-learning-rate", float),
             server_momentum=read("server-momentum", float),
-            average_from_round=read("average-from-round", int),
             target_epsilon=read("target-epsilon", float),
             target_delta=read("target-delta", float),
             split_seed=read("split-seed", int),

@@ -39,13 +39,14 @@ class Taste:
 
     @classmethod
     def of(cls, ratings: UserRatings, bias: NDArray[np.floating]) -> "Taste":
-        """Solve for the taste of one user, given the ``bias`` of every film; all 0 of no ratings."""
+        """Solve for one user's taste, given the ``bias`` of every film; of no ratings it is 0."""
         own_bias = bias[ratings.places].astype(np.float64)
         design = _design(ratings.traits, own_bias)
         penalty = np.full(design.shape[1], _GENRE_PENALTY)
         penalty[[0, -2, -1]] = _OFFSET_PENALTY, _AGE_PENALTY, _CONTRAST_PENALTY
         gram = design.T @ design + np.diag(penalty)
-        return cls(np.linalg.solve(gram, design.T @ (ratings.stars - MIDDLE - own_bias)))
+        weights = np.linalg.solve(gram, design.T @ (ratings.stars - MIDDLE - own_bias))
+        return cls(weights.astype(np.float64))
 
     @property
     def contrast(self) -> float:
