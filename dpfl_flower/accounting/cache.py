@@ -19,6 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy
+import scipy
+
 from dpfl_flower.accounting.budget import PrivacyBudget
 from dpfl_flower.accounting.events import Event, count_events
 
@@ -29,8 +32,8 @@ _ALGORITHM = 1
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of everything an answer depends on."""
-    found = {}
-    for name in ("dpfl-flower", "dp-accounting", "scipy", "numpy"):
+    found = {"numpy": numpy.__version__, "scipy": scipy.__version__}
+    for name in ("dpfl-flower", "dp-accounting"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
