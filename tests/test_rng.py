@@ -5,6 +5,7 @@ import pickle
 import random
 import signal
 import threading
+import time
 from fractions import Fraction
 from itertools import permutations
 
@@ -142,6 +143,28 @@ def test_threads_share_one_stream_and_no_byte_twice():
         thread.join()
     reference = SeededRandom(5)
     assert sorted(drawn) == sorted(reference.random_bytes(1024) for _ in range(8 * 300))
+
+
+def test_threads_take_turns_at_the_cipher():
+    class Cipher:
+        inside = overlaps = 0
+
+        def update(self, zeros):
+            self.inside += 1
+            self.overlaps += self.inside > 1
+            time.sleep(0.001)
+            self.inside -= 1
+            return zeros
+
+    stream = rng_module._Keystream(bytes(32))
+    stream._encryptor = Cipher()
+    threads = [threading.Thread(target=lambda: [stream.take(8) for _ in range(20)]) for _ in "four"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stream._encryptor.overlaps == 0
+    assert stream.taken == 4 * 20 * 8
 
 
 def test_a_copied_or_pickled_generator_does_not_repeat_the_stream():

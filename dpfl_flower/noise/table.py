@@ -26,7 +26,6 @@ _BLOCK_DRAWS: Final = 1 << 14  # what a block computes stays in a 1 MiB cache, t
 _GUIDE_BITS: Final = 14
 _LATE: Final = -(1 << 62)  # marks draws that the guide table does not settle
 _REMAINDER: Final = 1 / 400  # the most of the draws that may fall in no block
-_WORD: Final = (1 << 64) - 1
 
 
 @final
@@ -40,7 +39,7 @@ class TableSampler:
     distribution", AIIE Transactions 6, 1974).
 
     So that the table stays in cache for wide distributions, it is split in two, exactly, in
-    integers. Each block of ``B = 2^b`` neighbours gives ``B`` times its smallest probability to a
+    integers. Each block of ``B = 2^b`` neighbours gives ``B`` times its least probability to a
     uniform draw over the block: the thresholds then count blocks, not values, and the word's last
     ``b`` bits say where in the block. What is left over, at most 1 in 400, forms a second table
     that is searched as a whole; its total is no power of two, so numbers beyond it are drawn again.
@@ -208,9 +207,9 @@ def _padded(words: _Words, block: int) -> _Words:
 
 
 def _block_minima(pair: _Pair, block: int) -> _Pair:
-    high, low = pair[0].reshape(-1, block), pair[1].reshape(-1, block)
-    least = high.min(axis=1)
-    return least, np.where(high == least[:, None], low, np.uint64(_WORD)).min(axis=1)
+    """Return per block a pair at most each of its cells: the least high word, the least low."""
+    high, low = pair
+    return high.reshape(-1, block).min(axis=1), low.reshape(-1, block).min(axis=1)
 
 
 def _less_block_minima(pair: _Pair, minima: _Pair) -> _Pair:

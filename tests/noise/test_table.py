@@ -73,6 +73,7 @@ CASES = {
     "hair's breadths": [1, 1, 1, ONE - 5, 1, 1],
     "geometric": geometric(40),
     "flat with one spike": normalised([100] * 3000 + [101] + [100] * 3000),
+    "flat with one spike, in whole blocks": normalised([100] * 3008 + [101] + [100] * 3071),
     "Gaussian of scale 3": gaussian_table(3),
     "Gaussian in blocks": gaussian_table(700),
 }
