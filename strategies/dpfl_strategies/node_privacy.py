@@ -1,5 +1,6 @@
 """What nodes that add their own noise claim to have spent, and what that means for one person."""
 
+import functools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
 from dpfl_flower.accounting import Event, PrivacyUnit, Relation, epsilon, event_from_json
+from dpfl_flower.accounting.accountant import require_supported
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -18,12 +20,12 @@ log = logging.getLogger("flwr.dpfl")
 class NodeClaim:
     """What one node says it has spent on its data set so far.
 
-    ``epsilon`` is the larger of what the node wrote and what its events cost when priced here.
-    ``durable`` is False where the node keeps no ledger file: then the claim covers this run only.
+    ``claimed`` is the epsilon that the node wrote. ``durable`` is False where the node keeps no
+    ledger file: then the claim covers this run only.
     """
 
     dataset: str
-    epsilon: float
+    claimed: float
     delta: float
     unit: PrivacyUnit
     relation: Relation
@@ -51,16 +53,27 @@ class NodeClaim:
         checks.probability(delta=delta)
         if math.isnan(claimed) or claimed < 0:
             raise ValueError(f"epsilon={claimed!r} must be a number >= 0")
-        priced = epsilon(events, delta=delta, relation=relation)
+        for event in events:
+            require_supported(event, relation)
         return cls(
             dataset=dataset,
-            epsilon=max(claimed, priced),
+            claimed=claimed,
             delta=delta,
             unit=unit,
             relation=relation,
             durable=durable,
             events=events,
         )
+
+    @property
+    def epsilon(self) -> float:
+        """The larger of what the node wrote and what its events cost when priced here."""
+        return max(self.claimed, _priced(self.events, self.delta, self.relation))
+
+
+@functools.lru_cache(maxsize=256)
+def _priced(events: tuple[Event, ...], delta: float, relation: Relation) -> float:
+    return epsilon(events, delta=delta, relation=relation)
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,8 @@ class NodePrivacyReport:
         worst = self.worst
         if worst is None:
             return 0.0
-        events = [event for claim in self.claims.values() for event in claim.events]
-        return epsilon(events, delta=self.delta, relation=worst.relation)
+        events = tuple(event for claim in self.claims.values() for event in claim.events)
+        return _priced(events, self.delta, worst.relation)
 
     def __str__(self) -> str:
         """One sentence that names the units, the relation and both figures."""

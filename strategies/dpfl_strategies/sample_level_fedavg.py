@@ -207,8 +207,8 @@ class SampleLevelFedAvg(Strategy):
         return claim is not None
 
     def _progress(self, server_round: int) -> str:
-        worst = self.node_privacy.worst
-        return "no claim yet" if worst is None else f"worst node at epsilon {worst.epsilon:.3f}"
+        claimed = max((claim.claimed for claim in self._claims.values()), default=0.0)
+        return f"worst node at epsilon {claimed:.3f}"
 
     def _settings(self) -> dict[str, Any]:
         return {"strategy": type(self).__name__, "server_optimizer": repr(self.server_optimizer)}
