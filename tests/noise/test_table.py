@@ -66,6 +66,7 @@ CASES = {
     "one value": [ONE],
     "fair coin": [ONE // 2, ONE // 2],
     "uniform 64": [ONE // 64] * 64,
+    "uniform but for a hair": [ONE // 64 + 5, *[ONE // 64] * 62, ONE // 64 - 5],
     "uniform 63": normalised([1] * 63),
     "nothing at the ends": [0, 0, ONE - 5, 5, 0, 0, 0],
     "nothing but the end": [0] * 9 + [ONE],
