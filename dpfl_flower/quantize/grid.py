@@ -98,7 +98,8 @@ class IntegerGrid:
     @property
     def noise_multiplier(self) -> float:
         """What the accounting charges: noise over the enforced bound of vector and indicator."""
-        return self.noise_units / math.hypot(self.sensitivity_units, self.indicator_units)
+        # Integers below 2^53 and a correctly rounded root: never below what was asked for.
+        return self.noise_units / math.sqrt(self.sensitivity_units**2 + self.indicator_units**2)
 
     @property
     def indicator_noise(self) -> float:
@@ -212,13 +213,9 @@ def to_float(
 
 
 def _sensitivity_units(noise_units: int, noise_multiplier: float, indicator: int) -> int:
-    """Return the largest S_int with ``s / hypot(S_int, K) >= noise_multiplier``."""
+    """Return the largest S_int with ``s / sqrt(S_int^2 + K^2) >= noise_multiplier``."""
     total = math.floor(Fraction(noise_units) / Fraction(noise_multiplier))
-    bound = math.isqrt(max(0, total**2 - indicator**2))
-    # One step back where the quotient, as a float, would round to below the request.
-    if bound and noise_units / math.hypot(bound, indicator) < noise_multiplier:
-        bound -= 1
-    return bound
+    return math.isqrt(max(0, total**2 - indicator**2))
 
 
 def _rounding_terms(dimension: int, norm: Norm, rounding: Rounding) -> tuple[float, float, float]:
