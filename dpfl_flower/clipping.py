@@ -46,7 +46,8 @@ def norm(arrays: Iterable[Array], kind: Norm = Norm.L2) -> float:
         if peak in (0.0, math.inf):
             return peak
         # A power of two, so that scaling rounds nothing.
-        scale = 1.0 if 1e-100 < peak < 1e100 else math.ldexp(1.0, -math.frexp(peak)[1])
+        exponent = 0 if 1e-100 < peak < 1e100 else -math.frexp(peak)[1]
+        scale = math.ldexp(1.0, min(max(exponent, -1000), 1000))
         total = 0.0
         for flat in flats:
             for start in range(0, flat.size, _BLOCK):

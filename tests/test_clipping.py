@@ -21,10 +21,11 @@ def test_norms_equal_an_exact_computation(entries):
     assert norm([array], Norm.L1) == pytest.approx(math.fsum(map(abs, entries)), rel=1e-12)
 
 
-@pytest.mark.parametrize("size", [1e-200, 1e-23, 1.0, 1e30, 1e200])
+@pytest.mark.parametrize("size", [1e-315, 1e-200, 1e-23, 1.0, 1e30, 1e200, 3e307])
 def test_squares_neither_overflow_nor_vanish(size):
     assert norm([np.array([3 * size]), np.array(-4 * size)]) == pytest.approx(5 * size, rel=1e-15)
-    assert norm([np.full(10, size)], Norm.L1) == pytest.approx(10 * size, rel=1e-15)
+    assert norm([np.full(5, size)], Norm.L1) == pytest.approx(5 * size, rel=1e-15)
+    assert norm([np.array([5e-324])]) == 5e-324
 
 
 def test_float32_and_float16_are_summed_in_float64():

@@ -14,7 +14,7 @@ from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.quantize.dither import PERIOD, dither
 
 SEED = b"public"
-HOSTILE = [0.0, 1e-300, 1e-45, 1e-23, 1e-8, 0.5, 1.0, 1e5, 1e30, 3e38, 1e155, 1.7e308]
+HOSTILE = [0.0, 5e-324, 1e-300, 1e-45, 1e-23, 1e-8, 0.5, 1.0, 1e5, 1e30, 3e38, 1e155, 1.7e308]
 
 
 def make_grid(dimension, multiplier=1.0, rounding="nearest", **kwargs):
