@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn, optim
+from torch.func import functional_call
 
 from dpfl_flower import checks
 
@@ -186,16 +188,20 @@ def local_update(
     Not yet clipped. It depends on the unit's rows, ``arrays`` and public constants alone; a unit
     without rows moves nothing.
     """
-    model = _loaded(arrays)
+    if not len(unit.rows):
+        return {name: np.zeros_like(array) for name, array in arrays.items()}
     inputs, targets = tensors(unit.rows)
-    if len(unit.rows):
-        optimizer = training.optimizer(model.parameters())
-        for _ in range(training.epochs):
-            optimizer.zero_grad()
-            loss(model(inputs), targets).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    after = model.state_dict()
-    return {name: after[name].numpy() - array for name, array in arrays.items()}
+    start = _parameters(arrays)
+    now = start
+    for _ in range(training.epochs):
+        now = {name: value.requires_grad_() for name, value in now.items()}
+        mean = loss(functional_call(_shape_of_model(), now, (inputs,)), targets).mean()
+        slopes = torch.autograd.grad(mean, list(now.values()))
+        now = {
+            name: (value - training.learning_rate * slope).detach()
+            for (name, value), slope in zip(now.items(), slopes, strict=True)
+        }
+    return {name: (now[name] - start[name].detach()).numpy() for name in arrays}
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,9 @@ class AbsoluteErrors:
 def forecast(arrays: Arrays, rows: Rows) -> NDArray[np.float64]:
     """Return the people expected in each hour, shape ``(n,)``."""
     with torch.no_grad():
-        moves = _loaded(arrays)(torch.from_numpy(rows.features))[:, 0].double().numpy()
-    expected: NDArray[np.float64] = np.expm1(rows.naive + STEP * moves)
+        inputs = (torch.from_numpy(rows.features),)
+        outputs = functional_call(_shape_of_model(), _parameters(arrays), inputs)
+    expected: NDArray[np.float64] = np.expm1(rows.naive + STEP * outputs[:, 0].double().numpy())
     return np.maximum(expected, 0.0)
 
 
@@ -234,7 +241,11 @@ def evaluate(arrays: Arrays, parts: Iterable[Rows]) -> AbsoluteErrors:
     )
 
 
-def _loaded(arrays: Arrays) -> nn.Sequential:
-    model = new_model()
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
-    return model
+@cache
+def _shape_of_model() -> nn.Sequential:
+    """Return a model whose own parameters are never used."""
+    return new_model()
+
+
+def _parameters(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
