@@ -136,6 +136,17 @@ def test_numpy_integers_are_written_as_integers(path):
         assert ledger.releases == 3
 
 
+def test_every_charge_shows_at_once(path):
+    with opened(path, budget=BUDGET) as ledger:
+        ledger.plan("model", Gaussian(10.0), 10)
+        previous = ledger.spent().epsilon
+        assert previous == 0.0
+        for _ in range(3):
+            ledger.charge("model")
+            assert ledger.epsilon() > previous
+            previous = ledger.spent().epsilon
+
+
 # What may be charged.
 
 
