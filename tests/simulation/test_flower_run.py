@@ -3,6 +3,7 @@
 import ctypes
 import http.server
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,29 @@ def test_an_interrupted_run_is_stopped_with_all_its_workers(app: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left_running")
+def test_a_superlink_that_dies_is_an_error_and_takes_its_workers_along(
+    app: Path, tmp_path: Path
+) -> None:
+    before = children()
+
+    def kill_superlink(line: str) -> None:
+        if line.startswith("partitions"):
+            for pid in children() - before:
+                if b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(FlowerRunError, match="the SuperLink ended early"):
+        run_flower_app(
+            app,
+            num_supernodes=3,
+            log_path=tmp_path / "run.log",
+            on_line=kill_superlink,
+            timeout_seconds=300,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
 def test_time_that_is_up_stops_the_run(app: Path, tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"did not end within 0\.5 seconds"):
         run_flower_app(app, num_supernodes=3, log_path=tmp_path / "run.log", timeout_seconds=0.5)
@@ -205,6 +229,15 @@ def test_a_port_taken_by_another_server_is_left_to_it(
 def test_a_folder_without_an_app_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"app=.* must be a folder that holds a pyproject\.toml"):
         run_flower_app(tmp_path, num_supernodes=2, log_path=tmp_path / "run.log")
+
+
+def test_an_environment_without_flower_is_an_error(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_run.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FlowerRunError, match="the command flwr is not installed in"):
+        run_flower_app(app, num_supernodes=2, log_path=tmp_path / "run.log")
 
 
 def test_no_nodes_are_refused(app: Path, tmp_path: Path) -> None:
