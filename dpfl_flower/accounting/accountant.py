@@ -79,8 +79,16 @@ def epsilon(
     return Price(events, Relation(relation), total_variation=total_variation).epsilon(delta)
 
 
-def delta(events: Iterable[Event], *, epsilon: float, relation: Relation | str) -> float:
+def delta(
+    events: Iterable[Event],
+    *,
+    epsilon: float,
+    relation: Relation | str,
+    total_variation: float = 0.0,
+) -> float:
     """Return a delta such that all ``events`` together are (epsilon, delta)-DP.
+
+    See `epsilon` for the arguments.
 
     Raises
     ------
@@ -88,7 +96,7 @@ def delta(events: Iterable[Event], *, epsilon: float, relation: Relation | str) 
         If an event has no valid price under ``relation``.
     """
     non_negative(epsilon=epsilon)
-    return Price(events, Relation(relation)).delta(epsilon)
+    return Price(events, Relation(relation), total_variation=total_variation).delta(epsilon)
 
 
 def total_variation_delta(total_variation: float, draws: int, *, epsilon: float) -> float:
@@ -174,6 +182,10 @@ class Price:
 
     def delta(self, epsilon: float) -> float:
         """Return the smallest delta that is proven at ``epsilon``."""
+        slack = total_variation_delta(self.total_variation, 1, epsilon=epsilon)
+        return min(1.0, self._delta_exact(epsilon) + slack)
+
+    def _delta_exact(self, epsilon: float) -> float:
         if not self.counts:
             return 0.0
         if self.no_noise:

@@ -54,6 +54,11 @@ class Charges:
         torn = sum(event.count if isinstance(event, Composed) else 1 for event in self._torn)
         return sum(self._charged.values()) + torn
 
+    @property
+    def total_variation(self) -> float:
+        """The bound on the total variation distance of all charged noise from its events."""
+        return self._variation(self._charged)
+
     def events(self) -> list[Event]:
         """Return everything that was charged."""
         return self._events_without(None)
@@ -88,7 +93,7 @@ class Charges:
                 self.events(),
                 delta=delta,
                 relation=self._relation,
-                total_variation=self._variation(self._charged),
+                total_variation=self.total_variation,
             )
         return self._epsilons[delta]
 

@@ -131,8 +131,12 @@ class LedgerAccountant:
 
     def get_delta(self, epsilon: float) -> float:
         """Return the delta of everything charged at ``epsilon``."""
-        events = self._ledger.events()
-        return accountant.delta(events, epsilon=epsilon, relation=self._ledger.relation)
+        return accountant.delta(
+            self._ledger.events(),
+            epsilon=epsilon,
+            relation=self._ledger.relation,
+            total_variation=self._ledger.total_variation,
+        )
 
     def get_privacy_spent(self, delta: float | None = None) -> PrivacySpent:
         """Return what was spent in Flower's words."""
@@ -155,7 +159,10 @@ class LedgerAccountant:
         positive(max_epsilon=limit)
         events = [*self._ledger.events(), Composed(self._price(event), count)]
         cost = accountant.epsilon(
-            events, delta=self._config.target_delta, relation=self._ledger.relation
+            events,
+            delta=self._config.target_delta,
+            relation=self._ledger.relation,
+            total_variation=self._ledger.total_variation,
         )
         return cost > limit
 

@@ -271,6 +271,11 @@ class Ledger:
         return self._charges.events()
 
     @property
+    def total_variation(self) -> float:
+        """The bound on the total variation distance of all charged noise from its events."""
+        return self._charges.total_variation
+
+    @property
     def releases(self) -> int:
         """How many releases were charged, torn lines included."""
         return self._charges.releases

@@ -124,7 +124,7 @@ class LedgerFile:
         LedgerLocked
             If it is still locked after ``wait_seconds``.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _flock(descriptor, path, wait_seconds)
@@ -238,6 +238,14 @@ def _flock(descriptor: int, path: Path, wait_seconds: float) -> None:
             time.sleep(_POLL_SECONDS)
         else:
             return
+
+
+def _make_directory(directory: Path) -> None:
+    """Create a directory so that a power failure does not take it, and the ledger, away again."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _fsync_directory(directory.parent)
 
 
 def _fsync_directory(directory: Path) -> None:

@@ -11,6 +11,7 @@ they are handed over under replace-one. Privacy loss distributions must not be g
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import dp_accounting
 import numpy as np
@@ -78,16 +79,23 @@ class Curve:
 
 
 def compose(counts: Mapping[Event, int], relation: Relation) -> Curve:
-    """Return the curve of all the releases in ``counts`` together."""
+    """Return the curve of all the releases in ``counts`` together: divergences add up."""
+    divergences = sum(count * _divergences(event, relation) for event, count in counts.items())
+    orders = np.asarray(rdp_privacy_accountant.DEFAULT_RDP_ORDERS, dtype=np.float64)
+    # Rounding makes tiny divergences zero or negative, which dp-accounting reads as "no privacy
+    # lost". The logarithms that are divided by (order - 1) >= 0.1 are good to about 1e-14.
+    rounding = _ROUNDING * sum(counts.values())
+    return Curve(orders, np.maximum(divergences, 0.0) + rounding)
+
+
+@lru_cache(maxsize=64)
+def _divergences(event: Event, relation: Relation) -> NDArray[np.float64]:
+    """Return the divergences of one release at dp-accounting's default orders."""
     replace = relation is Relation.REPLACE_ONE
     neighbours = dp_accounting.NeighboringRelation
     accountant = rdp.RdpAccountant(
         neighboring_relation=neighbours.REPLACE_ONE if replace else neighbours.ADD_OR_REMOVE_ONE
     )
     with np.errstate(all="ignore"):  # orders that overflow are infinite, and not the best ones
-        for event, count in counts.items():
-            accountant.compose(_translate(event, 2 if replace else 1), count)
-    # Rounding makes tiny divergences zero or negative, which dp-accounting reads as "no privacy
-    # lost". The logarithms that are divided by (order - 1) >= 0.1 are good to about 1e-14.
-    rounding = _ROUNDING * sum(counts.values())
-    return Curve(accountant.orders, np.maximum(accountant.rdp, 0.0) + rounding)
+        accountant.compose(_translate(event, 2 if replace else 1))
+    return np.asarray(accountant.rdp, dtype=np.float64)

@@ -27,9 +27,10 @@ class PrivacyStatement:
     durable: bool
 
     def __str__(self) -> str:
+        noun = "release" if self.releases == 1 else "releases"
         sentence = (
             f"epsilon {rounded_up(self.epsilon)} at delta {self.delta:g} for each {self.unit} "
-            f'({self.relation}) of data set "{self.dataset}" after {self.releases} releases'
+            f'({self.relation}) of data set "{self.dataset}" after {self.releases} {noun}'
         )
         return sentence if self.durable else f"{sentence}; this run only"
 

@@ -24,6 +24,7 @@ from dpfl_flower.accounting import (
     epsilon,
     total_variation_delta,
 )
+from dpfl_flower.accounting import rdp as renyi
 from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_mu
 
 ADD_REMOVE, REPLACE, ZERO_OUT = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE, Relation.ZERO_OUT
@@ -142,8 +143,8 @@ def test_golden_values(events, at, relation, golden):
 
 def test_privacy_loss_distributions_beat_renyi_where_they_are_valid():
     event = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(3.0))
-    renyi = rdp.RdpAccountant().compose(event, 512).get_epsilon(1e-6)
-    assert renyi == pytest.approx(4.051, abs=5e-4)
+    looser = rdp.RdpAccountant().compose(event, 512).get_epsilon(1e-6)
+    assert looser == pytest.approx(4.051, abs=5e-4)
     event = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.0))
     assert rdp.RdpAccountant().compose(event, 200).get_epsilon(1e-5) == pytest.approx(5.368, 1e-3)
     assert epsilon(POISSON, delta=1e-5, relation=ADD_REMOVE) < 5.368
@@ -325,6 +326,16 @@ def test_what_only_renyi_and_what_only_losses_can_price_still_adds_up():
     )
 
 
+def test_a_divergence_lost_to_rounding_is_not_taken_for_no_loss():
+    # dp-accounting reads a divergence that rounds to zero or below as epsilon 0 at any delta.
+    for event, relation in (
+        (FixedSizeSampled(10**9, 1, Gaussian(1e6)), REPLACE),
+        (PoissonSampled(1e-9, Gaussian(1e6)), ADD_REMOVE),
+    ):
+        assert (renyi.compose({event: 1}, relation).divergences > 0).all()
+        assert epsilon([Composed(event, 10)], delta=1e-14, relation=relation) > 0
+
+
 def test_gaussians_join_fixed_size_samples_in_one_renyi_curve():
     both = epsilon([*FIXED, Gaussian(2.0)], delta=1e-5, relation=REPLACE)
     assert both > epsilon(FIXED, delta=1e-5, relation=REPLACE)
@@ -407,6 +418,8 @@ def test_total_variation_is_subtracted_from_delta_before_epsilon_is_computed():
     assert exact < negligible < exact * (1 + 1e-6)
     variation = 2e-7
     claimed = epsilon(events, delta=1e-5, relation=ADD_REMOVE, total_variation=variation)
+    back = delta(events, epsilon=claimed, relation=ADD_REMOVE, total_variation=variation)
+    assert 0.9e-5 < back <= 1e-5
     left = delta(events, epsilon=claimed, relation=ADD_REMOVE)
     assert left + variation * (1 + math.exp(claimed)) <= 1e-5
     assert claimed > exact

@@ -4,6 +4,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_what_was_spent_is_said_in_full(path):
         assert spent.unit is PrivacyUnit.USER
         assert str(spent) == (
             "epsilon 0.341 at delta 1e-05 for each user (replace-one) "
-            'of data set "heart" after 1 releases'
+            'of data set "heart" after 1 release'
         )
     assert float(str(spent).split()[1]) >= spent.epsilon
 
@@ -126,6 +127,22 @@ def test_the_file_is_lines_of_json_that_only_its_owner_may_read(path):
     assert [line["kind"] for line in lines] == ["header", "plan", "charge", "charge", "charge"]
     assert lines[0]["dataset"] == "heart"
     assert lines[4]["note"] == {"round": 2}
+
+
+def test_new_folders_are_on_disk_before_anything_is_charged(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def watched(descriptor):
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with opened(tmp_path / "a" / "b" / "ledger"):
+        pass
+    folders = [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    assert synced[:2] == folders[:2]
+    assert synced[-1] == folders[2]
 
 
 def test_numpy_integers_are_written_as_integers(path):
@@ -287,6 +304,7 @@ def test_inexact_samplers_are_part_of_the_price():
         ledger.plan("model", Gaussian(10.0), 100, total_variation=1e-7)
         for _ in range(10):
             ledger.charge("model")
+        assert ledger.total_variation == pytest.approx(10 * 1e-7)
         expected = epsilon(
             [Composed(Gaussian(10.0), 10)],
             delta=1e-5,
