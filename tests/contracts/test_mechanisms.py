@@ -3,9 +3,11 @@ import pytest
 from scipy import stats
 
 from dpfl_flower.clipping import Norm
+from dpfl_flower.mechanisms import GaussianMechanism, LaplaceMechanism
 from dpfl_flower.noise import RoundedGaussian, RoundedLaplace
 from dpfl_flower.quantize import IntegerGrid
 from tests.support.contracts.mechanism import MechanismContract
+from tests.support.contracts.release import ReleaseContract
 
 
 class TestRoundedGaussian(MechanismContract):
@@ -43,6 +45,30 @@ class TestRoundedLaplace(MechanismContract):
 
     def law(self, grid, scale, x):
         return stats.laplace.cdf(np.asarray(x) / (scale * grid.noise_units))
+
+
+class TestGaussianMechanism(ReleaseContract):
+    noise = RoundedGaussian
+
+    def mechanism(self, relation):
+        return GaussianMechanism(
+            epsilon=2.0, delta=1e-6, clip_norm=self.clip_norm, relation=relation
+        )
+
+    def cdf(self, x):
+        return stats.norm.cdf(x)
+
+
+class TestLaplaceMechanism(ReleaseContract):
+    noise = RoundedLaplace
+
+    def mechanism(self, relation):
+        return LaplaceMechanism(
+            epsilon=1.0, clip_norm=self.clip_norm, relation=relation, max_inflation=1.01
+        )
+
+    def cdf(self, x):
+        return stats.laplace.cdf(x)
 
 
 def test_the_contract_sees_a_planted_fault():

@@ -1,5 +1,6 @@
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_strategies import DPFedAvg
+from tests.support.contracts.adaptive import AdaptiveClippingContract
 from tests.support.contracts.charging import ChargeBeforeRelease
 from tests.support.contracts.cohorts import SamplingThatHappened
 from tests.support.contracts.freshness import FreshNoise
@@ -18,11 +19,9 @@ class TestDPFedAvg(StrategyContract):
         return DPFedAvg(clipping=FixedClipping(self.clip_norm), **settings)
 
 
-class TestDPFedAvgAdaptive(StrategyContract):
+class TestDPFedAvgAdaptive(AdaptiveClippingContract, StrategyContract):
     def strategy(self, **settings):
-        return DPFedAvg(clipping=AdaptiveClipping(initial=self.clip_norm), **settings)
+        return self.strategy_with(AdaptiveClipping(initial=self.clip_norm), **settings)
 
-    def update_noise_multiplier(self, noise_multiplier, expected_cohort):
-        # arXiv 1905.03871, Theorem 1, written out: the indicator takes its share.
-        indicator_noise = max(expected_cohort / 20, noise_multiplier)
-        return (noise_multiplier**-2 - (2 * indicator_noise) ** -2) ** -0.5
+    def strategy_with(self, clipping, **settings):
+        return DPFedAvg(clipping=clipping, **settings)

@@ -71,6 +71,25 @@ class ChargeBeforeRelease(StrategySubject):
             self._run(tmp_path, rounds + 1)
         assert releases(tmp_path) == before, "a model left after the ledger was damaged"
 
+    def test_a_copy_from_before_a_run_began_is_refused_before_its_first_release(self, tmp_path):
+        ledger = tmp_path / "run" / "ledger.jsonl"
+        sidecar = ledger.with_name(ledger.name + ".head")
+        self._run(tmp_path, 1)
+        yesterday = ledger.read_bytes(), sidecar.read_bytes()
+        self._run(tmp_path, 3)
+
+        def power_goes(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        def another_run():
+            return contract_strategy(self, tmp_path / "another", ledger=ledger)
+
+        with quiet(), pytest.raises(KeyboardInterrupt):
+            another_run().start(_grid(tmp_path), start_arrays(), 1, evaluate_fn=power_goes)
+        damaged("yesterday's copy with its sidecar", ledger, sidecar, yesterday)
+        with quiet(), pytest.raises((LedgerError, CheckpointError)):
+            another_run().start(_grid(tmp_path), start_arrays(), 1)
+
     def test_a_second_run_on_the_same_ledger_is_refused_while_the_first_goes_on(self, tmp_path):
         refused = []
 
@@ -92,13 +111,13 @@ class ChargeBeforeRelease(StrategySubject):
             strategy.start(_grid(directory), start_arrays(), num_rounds=rounds)
 
 
-def contract_strategy(subject: StrategySubject, run: Path):
-    """Return the subject's strategy with its ledger and checkpoint in ``run``."""
+def contract_strategy(subject: StrategySubject, run: Path, *, ledger: Path | None = None):
+    """Return the subject's strategy with its checkpoint, and its ledger, in ``run``."""
     return subject.strategy(
         noise_multiplier=1.0,
         sampling=EveryoneSampling(NODES),
         checkpoint_dir=run,
-        ledger=run / "ledger.jsonl",
+        ledger=ledger or run / "ledger.jsonl",
         wait_seconds=0.0,
     )
 

@@ -69,6 +69,27 @@ KINDS = (
     "for another round",
     "another counter",
 )
+NO_ANSWER = (
+    "all missing",
+    "one missing",
+    "infinite",
+    "integers for floats",
+    "floats for the counter",
+    "complex",
+    "wrong shape",
+    "transposed",
+    "a 1-d array for a 0-d one",
+    "missing array",
+    "another array more",
+    "two array records",
+    "no array record",
+    "empty arrays",
+    "bytes cut short",
+    "bytes of no array",
+    "error, then good",
+    "in a stranger's name",
+    "for another round",
+)
 COUNTS = (1, 0, 7, 10**12, -5, -0.0, 0.3, float("inf"), -float("inf"), float("nan"), [3, 4], None)
 
 
@@ -152,6 +173,13 @@ class Isolation(StrategySubject):
         unit_size, _ = self._unit_size(common)
         sizes = np.where(unit_size > 0, unit_size, 1.0)
         np.testing.assert_allclose((both - rest) / sizes, (alone - nothing) / sizes, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", NO_ANSWER)
+    def test_what_is_no_valid_answer_moves_nothing_at_all(self, kind):
+        common = {"noise_multiplier": 1.0}
+        honest = [Reply("honest", seed, 0) for seed in range(NODES - 1)]
+        with_it = self._released([*honest, Reply(kind, 5, 0)], common)
+        np.testing.assert_array_equal(with_it, self._released([*honest, None], common))
 
     # --- inside -------------------------------------------------------------------------------
 

@@ -144,7 +144,9 @@ class NothingUnnoisedLeaves(StrategySubject):
         caplog.set_level(0)
         grid = ScriptedGrid(PLACES[place], NODES)
         with pytest.raises(AllClientsFailed) as failure:
-            self._watched_strategy(tmp_path, give_up_after=1).start(grid, start_arrays(), num_rounds=1)
+            self._watched_strategy(tmp_path, give_up_after=1).start(
+                grid, start_arrays(), num_rounds=1
+            )
         error: BaseException | None = failure.value
         while error is not None:
             sentinel.require_absent(repr(error), "what was raised")

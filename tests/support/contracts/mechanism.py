@@ -20,7 +20,7 @@ from tests.support.contracts.hostile import UNIT_KINDS, unit_arrays
 from tests.support.contracts.seeds import reseed
 
 CLAIMS = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     # A claim is inherited by several classes, which is the point of it.
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
@@ -136,6 +136,21 @@ class MechanismContract(ABC):
         np.testing.assert_array_equal(total, sum(self._sum(grid, case, [u]) for u in cohort))
         assert total.dtype == np.int64
 
+    @pytest.mark.parametrize("noise_multiplier", [1.0, 8.0])
+    @pytest.mark.parametrize("dimension", [3, 4097, 70_000])
+    def test_a_unit_made_to_be_rounded_up_everywhere_stays_within_the_bound(
+        self, dimension, noise_multiplier
+    ):
+        try:
+            grid = self.grid(noise_multiplier, dimension, Rounding.NEAREST)
+        except ValueError:
+            pytest.skip("no grid is fine enough")
+        bounded = BoundedSum(grid, clip_norm=grid.clip_units)  # a grid unit measures 1
+        vector = _just_above_halves(grid)
+        assert np.linalg.norm(np.rint(vector), 2 if grid.norm is Norm.L2 else 1) > grid.clip_units
+        bounded.add([vector])
+        self._require_within(grid, bounded.total, units=1)
+
     @pytest.mark.parametrize("weight", [-1e-9, 1.0 + 1e-9, float("nan"), float("inf"), "1", None])
     def test_a_weight_that_would_break_the_bound_is_refused(self, weight):
         bounded = BoundedSum(self.grid(1.0, 2, Rounding.NEAREST), clip_norm=1.0)
@@ -200,3 +215,16 @@ class MechanismContract(ABC):
             assert sum(q * q for q in vector) <= bound**2
         else:
             assert sum(map(abs, vector)) <= bound
+
+
+def _just_above_halves(grid: IntegerGrid) -> NDArray[np.float64]:
+    """Return a vector within the clip norm whose entries are all rounded up by a half, or zero."""
+    power = 2 if grid.norm is Norm.L2 else 1
+    most = (grid.clip_units * (1 - 1e-9)) ** power
+    low = max(np.floor(grid.clip_units / grid.dimension ** (1 / power)) - 0.5, 0.5) + 1e-6
+    vector = np.zeros(grid.dimension)
+    vector[: int(most / low**power)] = low
+    # As many entries one higher as the clip norm leaves room for.
+    room = most - np.sum(vector**power)
+    vector[: int(room / ((low + 1) ** power - low**power))] += 1
+    return vector
