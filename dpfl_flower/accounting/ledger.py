@@ -19,7 +19,6 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from dpfl_flower.accounting.accountant import require_supported
@@ -32,7 +31,7 @@ from dpfl_flower.accounting.plan import Plan
 from dpfl_flower.accounting.statement import PrivacyStatement
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
-from dpfl_flower.checks import non_negative, non_negative_int, positive_int, probability
+from dpfl_flower.checks import non_negative, non_negative_int, positive_int
 
 __all__ = ["Ledger", "LedgerPosition", "Plan"]
 
@@ -47,11 +46,7 @@ class Ledger:
     """
 
     def __init__(
-        self,
-        terms: LedgerTerms,
-        *,
-        file: LedgerFile | None,
-        budget: PrivacyBudget | None,
+        self, terms: LedgerTerms, *, file: LedgerFile | None, budget: PrivacyBudget | None
     ) -> None:
         if budget is not None:
             terms.check_budget(budget)
@@ -282,10 +277,8 @@ class Ledger:
 
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon of everything charged, at the ledger's delta or another."""
-        at = self.delta if delta is None else delta
-        probability(delta=at)
         with self._lock:
-            return self._charges.epsilon(at)
+            return self._charges.epsilon(self.delta if delta is None else delta)
 
     def spent(self) -> PrivacyStatement:
         """Return what was spent, with all that the number needs to mean something."""
@@ -309,12 +302,7 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # How it is kept.
