@@ -12,6 +12,11 @@ NUM_EXAMPLES: Final = "num-examples"
 LOSS: Final = "loss"
 SERVER_ROUND: Final = "server-round"
 
+# A node of many users: what it is asked in a ConfigRecord, what it answers in an ArrayRecord.
+COHORT: Final = "cohort"
+INTEGER_SUM: Final = "integer-sum"
+SUM: Final = "sum"
+
 # Keys of a node's own config (``flower-supernode --node-config``).
 LEDGER_PATH: Final = "ledger-path"
 MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"

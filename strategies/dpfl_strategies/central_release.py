@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower.accounting import Ledger, LedgerPosition
 from dpfl_flower.noise import RoundedGaussian
-from dpfl_flower.quantize import BoundedSum, IntegerGrid
+from dpfl_flower.quantize import IntegerGrid
 from dpfl_flower.rng import RandomSource
 
 
@@ -72,12 +72,19 @@ class CentralRelease:
         self._divisor = expected_cohort * mean_weight
         self._noise = RoundedGaussian(grid.noise_units) if grid.noise_units else None
 
-    def open_sum(self, clip_norm: float, *, dither_seed: bytes | None) -> BoundedSum:
-        """Return an empty sum for one round; ``dither_seed`` is public (None: no dither)."""
-        return BoundedSum(self._grid, clip_norm=clip_norm, dither_seed=dither_seed)
-
-    def release(self, bounded: BoundedSum, *, clip_norm: float, server_round: int) -> NoisyMean:
+    def release(
+        self, total: NDArray[np.int64], *, clip_norm: float, server_round: int
+    ) -> NoisyMean:
         """Charge the ledger, then return the noisy mean; an empty sum is released as any other.
+
+        Parameters
+        ----------
+        total:
+            The exact sum of contributions on the grid, shape ``(grid.width,)``; left as it is.
+        clip_norm:
+            The clip norm that bounded the contributions.
+        server_round:
+            Noted in the ledger.
 
         Raises
         ------
@@ -85,7 +92,7 @@ class CentralRelease:
             If the budget does not allow it; nothing is charged and nothing released.
         """
         position = self._ledger.charge(self._run, note={"round": server_round})
-        noisy = bounded.total
+        noisy = total.copy()
         if self._noise is not None:
             noisy += self._noise.sample(noisy.size, self._rng)
         dimension = self._grid.dimension

@@ -29,8 +29,14 @@ def to_messages(
     server_round: int,
     arrays: ArrayRecord,
     config: ConfigRecord,
+    extra: RecordDict | None = None,
 ) -> list[Message]:
-    """Return one message for each node, all with the same content, grouped by round."""
+    """Return one message for each node, all with the same content, grouped by round.
+
+    ``extra`` records go along beside the arrays and the config.
+    """
     config[records.SERVER_ROUND] = server_round
     content = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
+    for name, record in (extra or {}).items():
+        content[name] = record
     return [Message(content, node, message_type, group_id=str(server_round)) for node in nodes]

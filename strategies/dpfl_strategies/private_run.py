@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower.accounting import Gaussian, Ledger
+from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.noise.rounded_gaussian import MAX_SCALE, RoundedGaussian
@@ -205,15 +206,35 @@ class PrivateRun:
         """Whether the budget allows another round."""
         return self.ledger.affordable(self._part, 1) >= 1
 
-    def open_sum(self) -> BoundedSum:
-        """Return an empty sum for the next round."""
-        dithered = self._grid.rounding is Rounding.DITHERED
-        seed = self._plan.rng.random_bytes(_SEED_BYTES) if dithered else None
-        return self._release.open_sum(self.clip_norm, dither_seed=seed)
+    @property
+    def largest_entry(self) -> int:
+        """The most that one unit can add to one entry of the integer sum."""
+        return max(self._grid.sensitivity_units, self._grid.indicator_units)
 
-    def charge_and_release(self, bounded: BoundedSum, server_round: int) -> NoisyMean:
-        """Charge the ledger for the round and return the noisy mean of ``bounded``."""
-        return self._release.release(bounded, clip_norm=self.clip_norm, server_round=server_round)
+    def dither_seed(self) -> bytes | None:
+        """Return a fresh public seed for a round's dither, None where rounding is nearest."""
+        dithered = self._grid.rounding is Rounding.DITHERED
+        return self._plan.rng.random_bytes(_SEED_BYTES) if dithered else None
+
+    def open_sum(self, dither_seed: bytes | None) -> BoundedSum:
+        """Return an empty sum for the next round."""
+        return BoundedSum(self._grid, clip_norm=self.clip_norm, dither_seed=dither_seed)
+
+    def cohort_request(
+        self, server_round: int, *, sampling_rate: float, dither_seed: bytes | None
+    ) -> CohortRequest:
+        """Return what a node of many units is asked for in the next round."""
+        return CohortRequest(
+            grid=self._grid,
+            clip_norm=self.clip_norm,
+            server_round=server_round,
+            dither_seed=dither_seed,
+            sampling_rate=sampling_rate,
+        )
+
+    def charge_and_release(self, total: NDArray[np.int64], server_round: int) -> NoisyMean:
+        """Charge the ledger for the round and return the noisy mean of the integer ``total``."""
+        return self._release.release(total, clip_norm=self.clip_norm, server_round=server_round)
 
     def commit(
         self,

@@ -8,17 +8,16 @@ al., arXiv 1710.06963). Clip norm and divisor are public constants or released v
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from dpfl_flower import checks, records
+from dpfl_flower import checks
 from dpfl_flower.accounting import (
     PrivacyBudget,
     PrivacyStatement,
@@ -31,11 +30,11 @@ from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
 from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
-from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
+from dpfl_strategies.messages import from_record, to_messages, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 from dpfl_strategies.registry import Registry
-from dpfl_strategies.replies import accepted, parse_train
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
@@ -46,15 +45,6 @@ log = logging.getLogger("flwr.dpfl")
 # Above this cohort, nearest rounding could lose more than 1 % of the noise's scale in each
 # coordinate to a common bias (cohort / 2 grid units against 2**14); a public dither has none.
 _DITHER_ABOVE: Final = 256
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The round that waits for replies."""
-
-    server_round: int
-    nodes: frozenset[int]
-    reference: Arrays
 
 
 class PrivateStrategy(Strategy, ABC):
@@ -107,6 +97,11 @@ class PrivateStrategy(Strategy, ABC):
     noise_seed:
         Makes noise and coins reproducible, for tests. Such noise protects nobody: no epsilon is
         reported, and neither a ledger nor a checkpoint is allowed.
+    num_nodes:
+        Where each node holds many units (users, records): how many nodes there are. All of them
+        are asked in every round, draw their own units by secret coins, and answer one integer sum
+        (see :class:`~dpfl_flower.client.UserCohort`); ``sampling`` counts units. None (the
+        default): every node is one unit.
 
     Raises
     ------
@@ -157,6 +152,7 @@ class PrivateStrategy(Strategy, ABC):
         rounding: Rounding | str | None = None,
         max_inflation: float = 1.01,
         noise_seed: int | None = None,
+        num_nodes: int | None = None,
     ) -> None:
         request = PrivacyRequest.parse(
             sampling=sampling,
@@ -182,7 +178,7 @@ class PrivateStrategy(Strategy, ABC):
         self.weighting = weighting or UniformWeighting()
         self.server_optimizer = server_optimizer or FedAvg()
         self.optimizer_state: State = {}
-        self._registry = Registry(sampling.population, wait_seconds=wait_seconds)
+        self._wait_seconds = wait_seconds
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
         large = sampling.expected_cohort > _DITHER_ABOVE
@@ -200,8 +196,19 @@ class PrivateStrategy(Strategy, ABC):
             checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
             rng=secure() if noise_seed is None else SeededRandom(noise_seed),
         )
+        self._gathering: Gathering
+        if num_nodes is None:
+            self._gathering = NodesAreUnits(sampling, rng=self._plan.rng, weigh=self.weigh)
+        else:
+            self._gathering = UnitsInsideNodes(sampling, num_nodes=num_nodes, unit=request.unit)
+            if not isinstance(self.weighting, UniformWeighting):
+                raise ValueError(
+                    f"weighting={self.weighting!r} must be uniform with num_nodes={num_nodes}: "
+                    "how many records a unit has stays in its node"
+                )
+        self._registry = self._new_registry()
         self._run: PrivateRun | None = None
-        self._asked: _Asked | None = None
+        self._asked: Asked | None = None
         self._evaluating: frozenset[int] = frozenset()
 
     # --- named points to subclass ---------------------------------------------------------------
@@ -232,6 +239,7 @@ class PrivateStrategy(Strategy, ABC):
             "server_optimizer": repr(self.server_optimizer),
             "rounding": str(self._plan.rounding),
             "max_inflation": repr(self._plan.max_inflation),
+            "nodes": type(self._gathering).__name__,
             "unit": str(self._plan.request.unit),
             "relation": str(self._plan.request.relation),
         }
@@ -300,6 +308,7 @@ class PrivateStrategy(Strategy, ABC):
         if self._run is not None:
             raise RuntimeError("this strategy is already running; close() it first")
         self._failures = FailureWatch(self._give_up_after)
+        self._registry = self._new_registry()
         self._run = self._plan.open(
             from_record(initial_arrays), num_rounds, settings=self.settings()
         )
@@ -321,11 +330,15 @@ class PrivateStrategy(Strategy, ABC):
         run = self._running()
         reference = from_record(arrays)
         run.layout.check(reference)
-        population = self._registry.node_ids(grid)
-        cohort = self._plan.request.sampling.draw(population, self._plan.rng)
-        self._asked = _Asked(server_round, frozenset(cohort), reference)
+        registry = self._registry.node_ids(grid)
+        self._asked = self._gathering.ask(run, server_round, registry, reference)
         return to_messages(
-            cohort, MessageType.TRAIN, server_round=server_round, arrays=arrays, config=config
+            self._asked.nodes,
+            MessageType.TRAIN,
+            server_round=server_round,
+            arrays=arrays,
+            config=config,
+            extra=self._asked.records,
         )
 
     @final
@@ -348,20 +361,9 @@ class PrivateStrategy(Strategy, ABC):
                 "aggregated, once"
             )
         self._asked = None
-        bounded = run.open_sum()
-        reference = run.layout.released(asked.reference)
-        contents, answered = [], 0
-        for message in accepted(replies, asked=asked.nodes, group=str(server_round)):
-            reply = parse_train(message, run.layout)
-            if reply is None:
-                continue
-            weight = self.weigh(reply.num_examples)
-            bounded.add(run.layout.released(reply.arrays), reference, weight=weight)
-            answered += 1
-            if self._gate.open:
-                contents.append(RecordDict({records.METRICS: reply.metrics}))
-        self._failures.record(asked=len(asked.nodes), answered=answered)
-        noisy = run.charge_and_release(bounded, server_round)
+        gathered = self._gathering.gather(run, asked, replies)
+        self._failures.record(asked=len(asked.nodes), answered=gathered.answered)
+        noisy = run.charge_and_release(gathered.total, server_round)
         model = run.layout.flatten(asked.reference)
         released = run.commit(
             server_round,
@@ -370,7 +372,7 @@ class PrivateStrategy(Strategy, ABC):
             template=asked.reference,
             optimizer_state=self.optimizer_state,
         )
-        return to_record(released), self._gate.of_training(contents)
+        return to_record(released), self._gate.of_training(gathered.contents)
 
     @final
     def configure_evaluate(
@@ -424,6 +426,9 @@ class PrivateStrategy(Strategy, ABC):
         log.info("\t└──> Budget: %s", request.budget or "none")
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _new_registry(self) -> Registry:
+        return Registry(self._gathering.num_nodes, wait_seconds=self._wait_seconds)
 
     def _running(self) -> PrivateRun:
         if self._run is None:

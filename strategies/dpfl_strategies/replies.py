@@ -90,9 +90,31 @@ def parse_train(reply: Message, layout: ArrayLayout) -> TrainReply | None:
             privacy=reply.content.config_records.get(records.PRIVACY),
         )
     except Exception as malformed:
-        log.warning(
-            "NOT PRIVATE: a malformed reply of node %d counts as a dropout (%s)",
-            reply.metadata.src_node_id,
-            type(malformed).__name__,
-        )
+        _dropout(reply, malformed)
         return None
+
+
+def parse_sum(reply: Message, *, width: int, bound: int) -> NDArray[np.int64] | None:
+    """Return a node's integer sum, or None where it is not int64 of shape ``(width,)``.
+
+    No entry may exceed ``bound``, what all units together could come to: sums of such parts cannot
+    wrap around.
+    """
+    try:
+        total = read_array(reply.content.array_records[records.INTEGER_SUM][records.SUM])
+        if total.dtype != np.int64 or total.shape != (width,):
+            raise ValueError(f"expected int64 of shape {(width,)}")
+        if total.min() < -bound or total.max() > bound:
+            raise ValueError(f"expected entries within {bound}")
+        return total.astype(np.int64, copy=False)
+    except Exception as malformed:
+        _dropout(reply, malformed)
+        return None
+
+
+def _dropout(reply: Message, malformed: Exception) -> None:
+    log.warning(
+        "NOT PRIVATE: a malformed reply of node %d counts as a dropout (%s)",
+        reply.metadata.src_node_id,
+        type(malformed).__name__,
+    )

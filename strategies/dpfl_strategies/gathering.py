@@ -1,0 +1,170 @@
+"""Where the units are, and so who is asked and what one round's integer sum is made of.
+
+Either every node is one unit and answers its weights, which the server bounds; or every node holds
+many units, draws and bounds them itself, and answers one integer sum. What comes after, charge,
+noise and release, is the same.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from numpy.typing import NDArray
+
+from dpfl_flower import checks, records
+from dpfl_flower.accounting import EveryoneSampling, PoissonSampling, PrivacyUnit, Sampling
+from dpfl_flower.rng import RandomSource
+from dpfl_strategies.messages import Arrays
+from dpfl_strategies.private_run import PrivateRun
+from dpfl_strategies.replies import accepted, parse_sum, parse_train
+
+Weigh = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The round that waits for replies.
+
+    ``records`` go into every message beside the model.
+    """
+
+    server_round: int
+    nodes: Sequence[int]
+    reference: Arrays
+    dither_seed: bytes | None
+    records: RecordDict
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The exact, un-noised sum of one round, and how many nodes answered: never released."""
+
+    total: NDArray[np.int64]
+    answered: int
+    contents: Sequence[RecordDict]
+
+
+class Gathering(ABC):
+    """Who is asked in a round, and how the replies become one integer sum."""
+
+    @property
+    @abstractmethod
+    def num_nodes(self) -> int:
+        """How many nodes there must be before anyone is asked."""
+
+    @abstractmethod
+    def ask(
+        self, run: PrivateRun, server_round: int, registry: Sequence[int], reference: Arrays
+    ) -> Asked:
+        """Draw the round's cohort from the registered nodes."""
+
+    @abstractmethod
+    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
+        """Bound and sum the replies; whatever is wrong with one makes it a dropout."""
+
+
+@final
+class NodesAreUnits(Gathering):
+    """Every node is one unit: the server draws nodes, and bounds what they return."""
+
+    def __init__(self, sampling: Sampling, *, rng: RandomSource, weigh: Weigh) -> None:
+        self._sampling = sampling
+        self._rng = rng
+        self._weigh = weigh
+
+    @property
+    def num_nodes(self) -> int:
+        """The population."""
+        return self._sampling.population
+
+    def ask(
+        self, run: PrivateRun, server_round: int, registry: Sequence[int], reference: Arrays
+    ) -> Asked:
+        """Draw nodes with coins of the server's own."""
+        nodes = self._sampling.draw(registry, self._rng)
+        return Asked(server_round, nodes, reference, run.dither_seed(), RecordDict())
+
+    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
+        """Weigh, clip, round and sum each node's update."""
+        bounded = run.open_sum(asked.dither_seed)
+        reference = run.layout.released(asked.reference)
+        contents = []
+        for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
+            reply = parse_train(message, run.layout)
+            if reply is not None:
+                weight = self._weigh(reply.num_examples)
+                bounded.add(run.layout.released(reply.arrays), reference, weight=weight)
+                contents.append(RecordDict({records.METRICS: reply.metrics}))
+        return Gathered(bounded.total, len(contents), contents)
+
+
+@final
+class UnitsInsideNodes(Gathering):
+    """Every node holds many units: all nodes are asked, and each draws and bounds its own.
+
+    A node's coins stay in the node, and so does the number of units that took part. Somebody with
+    records in two nodes is two units.
+
+    Parameters
+    ----------
+    sampling:
+        Poisson, whose rate becomes that of the nodes' coins, or everyone.
+    num_nodes:
+        How many nodes there are; ``sampling.population`` counts units over all of them.
+
+    Raises
+    ------
+    ValueError
+        If the unit is a node, or the sampling needs to see all units at once.
+    """
+
+    def __init__(self, sampling: Sampling, *, num_nodes: int, unit: PrivacyUnit) -> None:
+        checks.positive_int(num_nodes=num_nodes)
+        if unit is PrivacyUnit.NODE:
+            raise ValueError(
+                f"unit={str(unit)!r} must be 'user' or 'example' with num_nodes={num_nodes}: each "
+                "node then holds many units"
+            )
+        if not isinstance(sampling, PoissonSampling | EveryoneSampling):
+            raise ValueError(
+                f"sampling={sampling!r} must be PoissonSampling or EveryoneSampling with "
+                f"num_nodes={num_nodes}: nodes draw their own units, and only coins can be drawn "
+                "apart"
+            )
+        self._rate = sampling.rate if isinstance(sampling, PoissonSampling) else 1.0
+        self._population = sampling.population
+        self._num_nodes = num_nodes
+
+    @property
+    def num_nodes(self) -> int:
+        """The nodes, not the units."""
+        return self._num_nodes
+
+    def ask(
+        self, run: PrivateRun, server_round: int, registry: Sequence[int], reference: Arrays
+    ) -> Asked:
+        """Ask every node, telling it the round's public constants."""
+        seed = run.dither_seed()
+        request = run.cohort_request(server_round, sampling_rate=self._rate, dither_seed=seed)
+        extra = RecordDict({records.COHORT: request.to_config()})
+        return Asked(server_round, registry, reference, seed, extra)
+
+    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
+        """Add the nodes' integer sums, each at most what all units together could come to."""
+        total = run.open_sum(asked.dither_seed).total
+        bound = self._population * run.largest_entry
+        contents = []
+        for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
+            part = parse_sum(message, width=total.size, bound=bound)
+            if part is not None:
+                total += part
+                contents.append(_metrics(message))
+        return Gathered(total, len(contents), contents)
+
+
+def _metrics(message: Message) -> RecordDict:
+    found: dict[str, Any] = dict(message.content.metric_records)
+    return RecordDict(found)
