@@ -1,5 +1,6 @@
 """Ways to run a Flower app on one machine."""
 
+from dpfl_flower.simulation.app_folder import AppFolder
 from dpfl_flower.simulation.flower_run import (
     FlowerRun,
     FlowerRunError,
@@ -8,8 +9,11 @@ from dpfl_flower.simulation.flower_run import (
     run_flower_app,
 )
 from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
+from dpfl_flower.simulation.run_app import AppRun, run_app
 
 __all__ = [
+    "AppFolder",
+    "AppRun",
     "Fault",
     "FlowerRun",
     "FlowerRunError",
@@ -17,5 +21,6 @@ __all__ = [
     "NodeConfig",
     "RunConfig",
     "RunOutcome",
+    "run_app",
     "run_flower_app",
 ]

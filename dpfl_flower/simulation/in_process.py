@@ -5,7 +5,7 @@ the same: a client that raises answers an error, works on copies of what it was 
 changes it made to its context; an unreachable node answers Flower's error; a node that stays
 silent is missing from the replies.
 
->>> from flwr.app import Context, RecordDict
+>>> from flwr.clientapp import ClientApp
 >>> app = ClientApp()
 >>> @app.query()
 ... def whoami(message: Message, context: Context) -> Message:
@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Final, Self, final
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from dpfl_flower import checks
@@ -59,7 +58,7 @@ class InProcessGrid(Grid):
     Parameters
     ----------
     client_app
-        The app that every node runs.
+        The ClientApp that every node runs, or whatever answers messages as one does.
     num_supernodes
         Nodes; node ``i`` has the id ``1000 + i``.
     run_config
@@ -72,7 +71,7 @@ class InProcessGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: Callable[[Message, Context], Message],
         *,
         num_supernodes: int,
         run_config: NodeConfig | None = None,
