@@ -1,6 +1,7 @@
 """Ways to run a Flower app on one machine."""
 
 from dpfl_flower.simulation.app_folder import AppFolder
+from dpfl_flower.simulation.connection import run_on_connection
 from dpfl_flower.simulation.flower_run import (
     FlowerRun,
     FlowerRunError,
@@ -23,4 +24,5 @@ __all__ = [
     "RunOutcome",
     "run_app",
     "run_flower_app",
+    "run_on_connection",
 ]

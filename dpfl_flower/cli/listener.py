@@ -1,0 +1,158 @@
+"""Hears what a run logs and prints, on whatever engine, and passes on what its user wants to know.
+
+>>> LogLine.parse("(ClientAppActor pid=7) WARNING :   Budget spent")
+LogLine(level='WARNING', text='Budget spent')
+>>> LogLine.parse("a table")
+LogLine(level='', text='a table')
+"""
+
+import contextlib
+import io
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+from dpfl_flower.cli.progress import ProgressDisplay, RoundProgress
+from dpfl_flower.cli.run_dir import RunDirectory
+
+__all__ = ["Listener", "LogLine"]
+
+_LEVELS: Final = "DEBUG|INFO|WARNING|ERROR|CRITICAL"
+_LINE: Final = re.compile(rf"^(?:\([\w:. -]+ pid=\d+\) ?)?(?P<level>{_LEVELS}) ?: +(?P<text>.*)$")
+_RAY: Final = re.compile(r"^\((?:[\w:. -]+ )?pid=\d+\)|^\d{4}-\d\d-\d\d [\d:,]+\s+(?:INFO|WARNING)")
+_CHATTER: Final = re.compile(r"Since flwr 1\.32|Manually terminating|DEPRECATED FEATURE")
+_FLOWER_COUNT: Final = re.compile(r"aggregate_train: Received (\d+) results and (\d+) failures")
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line of a run's log; ``level`` is empty for what was printed."""
+
+    level: str
+    text: str
+
+    @classmethod
+    def parse(cls, line: str) -> "LogLine":
+        """Take Flower's, and Ray's, decoration off."""
+        found = _LINE.match(line)
+        return cls("", line) if found is None else cls(found["level"], found["text"])
+
+
+class Listener:
+    """Shows progress and warnings, and writes each round down.
+
+    Parameters
+    ----------
+    directory
+        Where rounds are written down.
+    display
+        Where they are shown.
+    printed
+        Where lines go that the app printed; None drops them (the log has them).
+    """
+
+    def __init__(
+        self, directory: RunDirectory, display: ProgressDisplay, *, printed: TextIO | None
+    ) -> None:
+        self.progress: RoundProgress | None = None
+        self._directory = directory
+        self._display = display
+        self._printed = printed
+        self._started = time.monotonic()
+        self._noted: set[str] = set()
+        self._answers = self._failures = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began."""
+        return time.monotonic() - self._started
+
+    @property
+    def everybody_failed(self) -> bool:
+        """Whether Flower's own strategies counted failures and never an answer."""
+        return self._failures > 0 and self._answers == 0
+
+    def hear(self, line: LogLine) -> None:
+        """Take in one line."""
+        if counted := _FLOWER_COUNT.search(line.text):
+            self._answers += int(counted[1])
+            self._failures += int(counted[2])
+        progress = RoundProgress.parse(line.text)
+        if progress is not None:
+            self._round(progress.after(self.progress))
+        elif line.level in {"WARNING", "ERROR", "CRITICAL"}:
+            if line.text not in self._noted and not _CHATTER.search(line.text):
+                self._noted.add(line.text)
+                self._display.note(line.text)
+        elif not line.level and self._printed is not None and not _RAY.search(line.text):
+            print(line.text, file=self._printed, flush=True)
+
+    def hear_raw(self, line: str) -> None:
+        """Take in a line of a log file."""
+        self.hear(LogLine.parse(line))
+
+    def _round(self, progress: RoundProgress) -> None:
+        # The simulation shows a line more than once where more than one process logs it.
+        before = self.progress
+        self.progress = progress
+        if before is None or before.server_round != progress.server_round:
+            self._directory.add_round(progress, seconds=self.seconds)
+            self._display.update(progress)
+
+    @contextlib.contextmanager
+    def listening(self, log_path: Path) -> Iterator[None]:
+        """Hear what this process logs as Flower and prints, and write it to ``log_path``."""
+        flower = logging.getLogger("flwr")
+        with log_path.open("w", encoding="utf-8") as log:
+            before = list(flower.handlers)
+            handler = _Handler(self, log)
+            flower.handlers[:] = [handler]
+            try:
+                with contextlib.redirect_stdout(_Tee(log, self._printed)):
+                    yield
+            finally:
+                flower.handlers[:] = before
+
+
+class _Handler(logging.Handler):
+    def __init__(self, listener: Listener, log: TextIO) -> None:
+        super().__init__(level=logging.INFO)
+        self._listener = listener
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+            print(f"{record.levelname} : {text}", file=self._log, flush=True)
+            self._listener.hear(LogLine(record.levelname, text))
+        except Exception:
+            self.handleError(record)
+
+
+class _Tee(io.TextIOBase):
+    """Writes to the log and, if given, to where the user sees it."""
+
+    def __init__(self, log: TextIO, shown: TextIO | None) -> None:
+        self._log = log
+        self._shown = shown
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._shown is not None and self._shown.isatty()
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        if self._shown is not None:
+            self._shown.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        if self._shown is not None:
+            self._shown.flush()
