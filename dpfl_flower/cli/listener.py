@@ -21,10 +21,19 @@ from dpfl_flower.cli.run_dir import RunDirectory
 
 __all__ = ["Listener", "LogLine"]
 
+_SERIOUS: Final = frozenset({"WARNING", "ERROR", "CRITICAL"})
 _LEVELS: Final = "DEBUG|INFO|WARNING|ERROR|CRITICAL"
 _LINE: Final = re.compile(rf"^(?:\([\w:. -]+ pid=\d+\) ?)?(?P<level>{_LEVELS}) ?: +(?P<text>.*)$")
 _RAY: Final = re.compile(r"^\((?:[\w:. -]+ )?pid=\d+\)|^\d{4}-\d\d-\d\d [\d:,]+\s+(?:INFO|WARNING)")
-_CHATTER: Final = re.compile(r"Since flwr 1\.32|Manually terminating|DEPRECATED FEATURE")
+_RUNTIME: Final = re.compile(
+    r"^Using SuperLink: |^Successfully installed |^\d\d/\d\d/\d{4} [\d:]+:[A-Z]+:|FutureWarning: |"
+    r"^  warnings\.warn\("
+)
+"""What the runtime prints beside the app, and what another library's log handler says again."""
+_REFUSAL: Final = re.compile(r"\bNodeError: (?P<text>.+?)\]?$")
+"""Why a node refused; in a simulation the nodes' own logs are here too."""
+_NOT_PRIVATE: Final = "NOT PRIVATE: "
+_CHATTER: Final = re.compile(r"^$|Since flwr 1\.32|Manually terminating|DEPRECATED FEATURE")
 _FLOWER_COUNT: Final = re.compile(r"aggregate_train: Received (\d+) results and (\d+) failures")
 
 
@@ -84,16 +93,22 @@ class Listener:
         progress = RoundProgress.parse(line.text)
         if progress is not None:
             self._round(progress.after(self.progress))
-        elif line.level in {"WARNING", "ERROR", "CRITICAL"}:
-            if line.text not in self._noted and not _CHATTER.search(line.text):
-                self._noted.add(line.text)
-                self._display.note(line.text)
-        elif not line.level and self._printed is not None and not _RAY.search(line.text):
+        elif refusal := _REFUSAL.search(line.text):
+            self._note(f"A node refuses: {refusal['text']}")
+        elif line.level in _SERIOUS or line.text.startswith(_NOT_PRIVATE):
+            self._note(line.text)
+        elif not line.level and self._printed is not None and _printed_by_app(line.text):
             print(line.text, file=self._printed, flush=True)
 
     def hear_raw(self, line: str) -> None:
         """Take in a line of a log file."""
         self.hear(LogLine.parse(line))
+
+    def _note(self, text: str) -> None:
+        """Show something once."""
+        if text not in self._noted and not _CHATTER.search(text):
+            self._noted.add(text)
+            self._display.note(text)
 
     def _round(self, progress: RoundProgress) -> None:
         # The simulation shows a line more than once where more than one process logs it.
@@ -106,28 +121,47 @@ class Listener:
     @contextlib.contextmanager
     def listening(self, log_path: Path) -> Iterator[None]:
         """Hear what this process logs as Flower and prints, and write it to ``log_path``."""
-        flower = logging.getLogger("flwr")
         with log_path.open("w", encoding="utf-8") as log:
-            before = list(flower.handlers)
             handler = _Handler(self, log)
-            flower.handlers[:] = [handler]
-            try:
-                with contextlib.redirect_stdout(_Tee(log, self._printed)):
-                    yield
-            finally:
-                flower.handlers[:] = before
+            tee = _Tee(log, self._printed)
+            with _only_handler(handler), contextlib.redirect_stdout(tee):
+                yield
+
+
+@contextlib.contextmanager
+def _only_handler(handler: logging.Handler) -> Iterator[None]:
+    """Let ``handler`` alone have what Flower and everybody else logs, each record once."""
+    flower, root = logging.getLogger("flwr"), logging.getLogger()
+    before = (flower.handlers, flower.propagate, root.handlers)
+    flower.handlers, flower.propagate, root.handlers = [handler], False, [handler]
+    try:
+        yield
+    finally:
+        flower.handlers, flower.propagate, root.handlers = before
+
+
+def _printed_by_app(line: str) -> bool:
+    return not (_RAY.search(line) or _RUNTIME.search(line))
 
 
 class _Handler(logging.Handler):
+    """Writes all to the log, details of errors too, and lets the listener hear."""
+
     def __init__(self, listener: Listener, log: TextIO) -> None:
-        super().__init__(level=logging.INFO)
+        super().__init__(level=logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(levelname)s : %(message)s"))
         self._listener = listener
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Take in one record."""
         try:
+            print(self.format(record), file=self._log, flush=True)
+            if record.levelno < logging.INFO:
+                return
             text = record.getMessage()
-            print(f"{record.levelname} : {text}", file=self._log, flush=True)
+            if record.exc_info and record.exc_info[0] is not None:
+                text = f"{text} [{record.exc_info[0].__name__}: {record.exc_info[1]}]"
             self._listener.hear(LogLine(record.levelname, text))
         except Exception:
             self.handleError(record)
