@@ -90,7 +90,21 @@ NO_ANSWER = (
     "in a stranger's name",
     "for another round",
 )
-COUNTS = (1, 0, 7, 10**12, -5, -0.0, 0.3, float("inf"), -float("inf"), float("nan"), [3, 4], None)
+COUNTS = (
+    1,
+    0,
+    7,
+    10**12,
+    10**400,
+    -5,
+    -0.0,
+    0.3,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+    [3, 4],
+    None,
+)
 
 
 @dataclass(frozen=True)

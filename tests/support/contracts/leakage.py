@@ -3,6 +3,7 @@
 It is looked for in all that a run sends, logs, prints, writes and returns, or raises.
 """
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from dpfl_flower.accounting import EveryoneSampling
 from dpfl_strategies import AllClientsFailed, NumExamplesWeighting
 from tests.support.contracts import sentinel
 from tests.support.contracts.sentinel import COUNT, NUMBER, WORD
-from tests.support.contracts.strategy import StrategySubject
+from tests.support.contracts.strategy import StrategySubject, flat
+from tests.support.node import all_bytes
 from tests.support.recording_grid import adding, record, reply
 from tests.support.scripted_grid import Answer, ScriptedGrid
 
@@ -153,6 +155,32 @@ class NothingUnnoisedLeaves(StrategySubject):
             error = error.__cause__ or error.__context__
         self._require_absent(grid, tmp_path, caplog, capfd)
 
+    def test_the_sum_without_noise_is_kept_nowhere(self, tmp_path, caplog, capfd):
+        caplog.set_level(0)
+
+        def run(directory: Path):
+            strategy = self._watched_strategy(directory, weighting=None)
+            grid = ScriptedGrid(adding(0.123), NODES)
+            return grid, strategy.start(grid, start_arrays(), num_rounds=ROUNDS)
+
+        with self.noise_replaced(lambda n: np.zeros(n, np.int64)):
+            _, bare = run(tmp_path / "bare")
+        with self.noise_replaced(lambda n: np.ones(n, np.int64)):
+            _, one_more = run(tmp_path / "one more")
+        unit = (flat(one_more.arrays) - flat(bare.arrays))[-1] / ROUNDS
+        grid, result = run(tmp_path / "noisy")
+        kept = [path.read_bytes() for path in (tmp_path / "noisy").rglob("*") if path.is_file()]
+        sent = [all_bytes(message.content) for message in grid.pushed]
+        returned = [pickle.dumps(result), *(array.data for array in result.arrays.values())]
+        # A node moves each round by the same, so the sum of a round is the last one's half.
+        for mean in (flat(bare.arrays), flat(bare.arrays) / ROUNDS):
+            units = (mean / unit).round()
+            for found in (mean, units, mean * NODES):
+                for dtype in (np.float64, np.float32, np.int64):
+                    pair = found[-2:].astype(dtype).tobytes()
+                    if any(pair):
+                        assert not any(pair in data for data in [*kept, *sent, *returned])
+
     def test_metrics_that_are_let_through_say_that_they_are_not_private(
         self, tmp_path, caplog, capfd
     ):
@@ -209,11 +237,12 @@ def start_arrays() -> ArrayRecord:
 
 
 def _grid(place: Place) -> ScriptedGrid:
-    """Return a Grid on which one node writes the sentinel and the others are honest."""
+    """Return a Grid on which the first and the last node write the sentinel, others do not."""
     honest = adding(0.01)
 
     def script(message: Message) -> Answer:
-        return place(message) if message.metadata.dst_node_id == 100 else honest(message)
+        writes = message.metadata.dst_node_id in {100, 99 + NODES}
+        return place(message) if writes else honest(message)
 
     return ScriptedGrid(script, NODES)
 
