@@ -42,8 +42,12 @@ class Settings:
         What all rounds may cost a user.
     split_seed
         Decides, with the ids of user and film, which ratings are held out.
+    dataset
+        Whose budget it is: the name of the users' data in the ledger.
+    sample_user
+        Who is shown films at the end, at the user's node; nobody if empty.
     run_dir
-        Where ledger and result go.
+        Where ledger, model and result go.
     """
 
     num_nodes: int
@@ -55,6 +59,8 @@ class Settings:
     target_epsilon: float
     target_delta: float
     split_seed: int
+    dataset: str
+    sample_user: str
     run_dir: Path
 
     def __post_init__(self) -> None:
@@ -93,6 +99,8 @@ class Settings:
             target_epsilon=read("target-epsilon", float),
             target_delta=read("target-delta", float),
             split_seed=read("split-seed", int),
+            dataset=read("dataset", str),
+            sample_user=read("sample-user", str),
             run_dir=Path(read("run-dir", str)),
         )
 

@@ -1,0 +1,113 @@
+"""The last word of a run: what the model is worth, and what every user has paid for it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dpfl_flower.accounting.statement import rounded_up
+
+from .reference import Reference
+
+RESULT: Final = "result.json"
+"""The file in the run directory that holds the report."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole run.
+
+    Attributes
+    ----------
+    rounds
+        Rounds whose model was released.
+    stopped
+        Why the run ended.
+    dataset, unit, relation, epsilon, delta
+        What each user has spent, as the ledger says.
+    durable
+        Whether that counts all runs in the ledger file, or this run only.
+    nodes, expected_nodes
+        Those that answered the evaluation, and those there are.
+    not_private_rmse
+        On held-out ratings, in stars; None where no node shared any.
+    not_private_held_out
+        How many ratings that are.
+    not_private_reference
+        What can be had without privacy, and without each other; None unless all nodes hold the
+        packaged data set.
+    """
+
+    run_id: int
+    rounds: int
+    stopped: str
+    split_seed: int
+    dataset: str
+    unit: str
+    relation: str
+    epsilon: float
+    delta: float
+    durable: bool
+    nodes: int
+    expected_nodes: int
+    not_private_rmse: float | None
+    not_private_held_out: int
+    not_private_reference: Reference | None
+
+    def save(self, run_dir: Path) -> Path:
+        """Write ``run_dir/result.json``, all of it or nothing, and return its path."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / RESULT
+        unfinished = run_dir / f".{RESULT}.{os.getpid()}"
+        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Report":
+        """Read what `save` wrote."""
+        fields: Mapping[str, Any] = json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
+        found = fields["not_private_reference"]
+        reference = None if found is None else Reference(**found)
+        return cls(**{**fields, "not_private_reference": reference})
+
+    def table(self) -> str:
+        """Return the report as text."""
+        epsilon = rounded_up(self.epsilon)
+        rows = [("this run", epsilon, _stars(self.not_private_rmse))]
+        if self.not_private_reference is not None:
+            reference = self.not_private_reference
+            rows += [
+                ("this model, nobody shares anything", "0", _stars(reference.alone)),
+                ("a bias for each user and film", "no privacy", _stars(reference.two_biases)),
+                ("this model, all ratings together", "no privacy", _stars(reference.together)),
+            ]
+        covers = "all runs in the ledger" if self.durable else "this run only"
+        return "\n".join(
+            [
+                *_columns(("recommender", "epsilon", "RMSE [1]"), rows),
+                "",
+                f"Privacy unit: one {self.unit} (all ratings of one person), relation "
+                f"{self.relation}.",
+                f"Each has spent at most epsilon {epsilon} at delta {self.delta:g} on data set "
+                f'"{self.dataset}"; that covers {covers}.',
+                f"{self.rounds} rounds, split seed {self.split_seed}: {self.stopped}.",
+                f"[1] NOT PRIVATE: stars, on {self.not_private_held_out} held-out ratings, never "
+                f"trained on, of {self.nodes} of {self.expected_nodes} nodes.",
+            ]
+        )
+
+
+def _stars(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+
+    return [line(header), "-+-".join("-" * width for width in widths), *map(line, rows)]
