@@ -33,7 +33,8 @@ class CheckpointError(RuntimeError):
 class RunState:
     """Everything a run needs to go on after a round, all of it already paid for in the ledger.
 
-    ``settings`` names what may not change between the parts of one run.
+    ``settings`` names what may not change between the parts of one run; ``claims`` holds what
+    nodes that account for themselves said in public, by node.
     """
 
     run: str
@@ -43,6 +44,7 @@ class RunState:
     optimizer_state: Arrays = field(default_factory=dict)
     ledger: LedgerPosition | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    claims: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -83,6 +85,7 @@ class CheckpointDirectory:
             "clip_norm": state.clip_norm,
             "ledger": None if state.ledger is None else asdict(state.ledger),
             "settings": dict(state.settings),
+            "claims": dict(state.claims),
             "arrays": arrays_file,
             "sha256": hashlib.sha256(data).hexdigest(),
             "order": list(state.model),
@@ -123,6 +126,7 @@ class CheckpointDirectory:
                 },
                 ledger=None if meta["ledger"] is None else LedgerPosition(**meta["ledger"]),
                 settings=meta["settings"],
+                claims=meta["claims"],
             )
         except (KeyError, TypeError, ValueError, OSError) as damaged:
             raise CheckpointError(f"{state_file} is damaged: {damaged}") from damaged

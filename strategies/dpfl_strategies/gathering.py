@@ -8,7 +8,7 @@ noise and release, is the same.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -19,9 +19,11 @@ from dpfl_flower.accounting import EveryoneSampling, PoissonSampling, PrivacyUni
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.private_run import PrivateRun
-from dpfl_strategies.replies import accepted, parse_sum, parse_train
+from dpfl_strategies.replies import accepted, dropout, parse_sum, parse_train
 
 Weigh = Callable[[float], float]
+
+_LARGEST_SUM: Final = 2**62
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,15 @@ class NodesAreUnits(Gathering):
         contents = []
         for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
             reply = parse_train(message, run.layout)
-            if reply is not None:
+            if reply is None:
+                continue
+            try:
                 weight = self._weigh(reply.num_examples)
                 bounded.add(run.layout.released(reply.arrays), reference, weight=weight)
-                contents.append(RecordDict({records.METRICS: reply.metrics}))
+            except Exception as failed:  # one unit's numbers must neither stop the run nor show
+                dropout(message, failed)
+                continue
+            contents.append(RecordDict({records.METRICS: reply.metrics}))
         return Gathered(bounded.total, len(contents), contents)
 
 
@@ -135,7 +142,6 @@ class UnitsInsideNodes(Gathering):
                 "apart"
             )
         self._rate = sampling.rate if isinstance(sampling, PoissonSampling) else 1.0
-        self._population = sampling.population
         self._num_nodes = num_nodes
 
     @property
@@ -153,9 +159,9 @@ class UnitsInsideNodes(Gathering):
         return Asked(server_round, registry, reference, seed, extra)
 
     def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
-        """Add the nodes' integer sums, each at most what all units together could come to."""
+        """Add the nodes' integer sums; together they cannot wrap around 64 bits."""
         total = run.open_sum(asked.dither_seed).total
-        bound = self._population * run.largest_entry
+        bound = _LARGEST_SUM // max(1, len(asked.nodes))
         contents = []
         for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
             part = parse_sum(message, width=total.size, bound=bound)

@@ -1,10 +1,11 @@
 """What nodes that add their own noise claim to have spent, and what that means for one person."""
 
+import dataclasses
 import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord
@@ -12,6 +13,7 @@ from flwr.app import ConfigRecord
 from dpfl_flower import checks
 from dpfl_flower.accounting import Event, PrivacyUnit, Relation, epsilon, event_from_json
 from dpfl_flower.accounting.accountant import require_supported
+from dpfl_flower.accounting.statement import rounded_up
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -48,7 +50,7 @@ class NodeClaim:
             events = tuple(event_from_json(e) for e in json.loads(str(record["events"])))
             unit = PrivacyUnit(str(record["unit"]))
             dataset, durable = str(record["dataset"]), bool(record["durable"])
-        except (KeyError, TypeError, AttributeError) as missing:
+        except (KeyError, TypeError, AttributeError, RecursionError) as missing:
             raise ValueError(f"the node's privacy claim is malformed: {missing!r}") from missing
         checks.probability(delta=delta)
         if math.isnan(claimed) or claimed < 0:
@@ -65,6 +67,32 @@ class NodeClaim:
             events=events,
         )
 
+    def to_json(self) -> dict[str, str | float | bool]:
+        """Return the claim as JSON-able data, the fields of the record it was read from."""
+        return {
+            "dataset": self.dataset,
+            "epsilon": self.claimed,
+            "delta": self.delta,
+            "unit": str(self.unit),
+            "relation": str(self.relation),
+            "durable": self.durable,
+            "events": json.dumps([event.to_json() for event in self.events]),
+        }
+
+    def after(self, earlier: "NodeClaim | None") -> "NodeClaim":
+        """Return this claim together with what the node claimed before the server was restarted.
+
+        A durable claim covers all of it already; any other began anew, and composes.
+        """
+        if earlier is None or self.durable:
+            return self
+        return dataclasses.replace(
+            self,
+            claimed=max(self.claimed, earlier.claimed),
+            delta=max(self.delta, earlier.delta),
+            events=earlier.events + self.events,
+        )
+
     @property
     def epsilon(self) -> float:
         """The larger of what the node wrote and what its events cost when priced here."""
@@ -73,7 +101,11 @@ class NodeClaim:
 
 @functools.lru_cache(maxsize=256)
 def _priced(events: tuple[Event, ...], delta: float, relation: Relation) -> float:
-    return epsilon(events, delta=delta, relation=relation)
+    try:
+        return epsilon(events, delta=delta, relation=relation)
+    except Exception:  # a claim that has no price must not end the run, and is never believed
+        log.warning("A node's privacy claim cannot be priced: its epsilon counts as infinite")
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -106,8 +138,15 @@ class NodePrivacyReport:
         worst = self.worst
         if worst is None:
             return 0.0
-        events = tuple(event for claim in self.claims.values() for event in claim.events)
-        return _priced(events, self.delta, worst.relation)
+        claims = self.claims.values()
+        events = tuple(event for claim in claims for event in claim.events)
+        # What a node claims beyond its events composes in the plainest way: it is added.
+        unexplained = sum(
+            claim.epsilon - _priced(claim.events, claim.delta, claim.relation)
+            for claim in claims
+            if claim.epsilon < math.inf
+        )
+        return max(worst.epsilon, _priced(events, self.delta, worst.relation) + unexplained)
 
     def __str__(self) -> str:
         """One sentence that names the units, the relation and both figures."""
@@ -115,10 +154,11 @@ class NodePrivacyReport:
         if worst is None:
             return "no node made a privacy claim"
         scope = "" if all(c.durable for c in self.claims.values()) else "; this run only"
+        one, everywhere = rounded_up(worst.epsilon), rounded_up(self.epsilon_everywhere())
         return (
-            f"at most epsilon {worst.epsilon:.4g} at delta {worst.delta:g} for each {worst.unit} "
-            f"({worst.relation}) of one node, epsilon {self.epsilon_everywhere():.4g} at delta "
-            f"{self.delta:g} for someone in all {len(self.claims)} nodes, as the nodes claim{scope}"
+            f"at most epsilon {one} at delta {worst.delta:g} for each {worst.unit} "
+            f"({worst.relation}) of one node, epsilon {everywhere} at delta {self.delta:g} for "
+            f"someone in all {len(self.claims)} nodes, as the nodes claim{scope}"
         )
 
 
@@ -132,8 +172,3 @@ def read_claim(node_id: int, record: ConfigRecord | None) -> NodeClaim | None:
     except ValueError:
         log.warning("Node %d's privacy claim is malformed: its reply counts as a dropout", node_id)
         return None
-
-
-def report(claims: Iterable[tuple[int, NodeClaim]]) -> NodePrivacyReport:
-    """Return the report over the newest claim of each node."""
-    return NodePrivacyReport(dict(claims))

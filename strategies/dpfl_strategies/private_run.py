@@ -1,5 +1,7 @@
 """A private run from its plan to its last round: ledger, checkpoint, integers, state."""
 
+import dataclasses
+import functools
 import logging
 import uuid
 from collections.abc import Mapping
@@ -63,21 +65,27 @@ class PrivatePlan:
                 return self._begin(ledger, initial_model, num_rounds, settings)
             return self._resume(ledger, initial_model, saved, num_rounds, settings)
         except BaseException:
-            ledger.close()
+            _let_go(ledger)
             raise
 
     def _open_ledger(self) -> Ledger:
         request = self.request
         if self.ledger_path is None:
-            return Ledger.in_memory(
-                dataset=self.dataset,
-                delta=request.delta,
-                unit=request.unit,
-                relation=request.relation,
-                budget=request.budget,
-            )
+            return self._remembered
         return Ledger.open(
             self.ledger_path,
+            dataset=self.dataset,
+            delta=request.delta,
+            unit=request.unit,
+            relation=request.relation,
+            budget=request.budget,
+        )
+
+    @functools.cached_property
+    def _remembered(self) -> Ledger:
+        """The ledger without a file: one for all runs of a strategy, which share its budget."""
+        request = self.request
+        return Ledger.in_memory(
             dataset=self.dataset,
             delta=request.delta,
             unit=request.unit,
@@ -103,6 +111,7 @@ class PrivatePlan:
             settings={**settings, "noise_multiplier": repr(multiplier)},
         )
         part = self._plan_part(ledger, grid, state, num_rounds)
+        state = dataclasses.replace(state, ledger=ledger.position)
         if self.checkpoints is not None:
             self.checkpoints.save(state)
         return PrivateRun(self, ledger, part, grid, state)
@@ -206,11 +215,6 @@ class PrivateRun:
         """Whether the budget allows another round."""
         return self.ledger.affordable(self._part, 1) >= 1
 
-    @property
-    def largest_entry(self) -> int:
-        """The most that one unit can add to one entry of the integer sum."""
-        return max(self._grid.sensitivity_units, self._grid.indicator_units)
-
     def dither_seed(self) -> bytes | None:
         """Return a fresh public seed for a round's dither, None where rounding is nearest."""
         dithered = self._grid.rounding is Rounding.DITHERED
@@ -265,8 +269,13 @@ class PrivateRun:
 
     def close(self) -> None:
         """Let go of the ledger."""
-        self.ledger.close()
+        _let_go(self.ledger)
 
 
 def _noise_multiplier(state: RunState) -> float:
     return float(state.settings["noise_multiplier"])
+
+
+def _let_go(ledger: Ledger) -> None:
+    if ledger.durable:  # the one in memory goes on counting
+        ledger.close()

@@ -25,6 +25,7 @@ from dpfl_flower.accounting import (
     Relation,
     Sampling,
 )
+from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.clipping import ClippingPolicy
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
@@ -122,7 +123,7 @@ class PrivateStrategy(Strategy, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in PrivateStrategy._PIPELINE:
-            if name in vars(cls):
+            if getattr(cls, name) is not getattr(PrivateStrategy, name):
                 raise TypeError(
                     f"{cls.__name__}.{name} belongs to the private pipeline and cannot be "
                     "overridden; subclass weigh or apply_noisy_mean, or hand in a Sampling"
@@ -198,6 +199,15 @@ class PrivateStrategy(Strategy, ABC):
         )
         self._gathering: Gathering
         if num_nodes is None:
+            if request.unit is not PrivacyUnit.NODE and (
+                request.relation is not Relation.REPLACE_ONE
+            ):
+                raise ValueError(
+                    f"unit={str(request.unit)!r} must be 'node' without num_nodes: a record more "
+                    "or less in a node changes its whole update, which moves the sum by up to two "
+                    "clip norms. Give num_nodes where nodes bound each of their units themselves, "
+                    "or relation='replace-one', which pays for two"
+                )
             self._gathering = NodesAreUnits(sampling, rng=self._plan.rng, weigh=self.weigh)
         else:
             self._gathering = UnitsInsideNodes(sampling, num_nodes=num_nodes, unit=request.unit)
@@ -217,7 +227,9 @@ class PrivateStrategy(Strategy, ABC):
     def weigh(self, num_examples: float) -> float:
         """Return the weight, in [0, 1], of a unit that reports ``num_examples`` (NaN if none).
 
-        The weight is applied before clipping, so any value in range keeps the sensitivity.
+        The weight is applied before clipping, so any value in range keeps the sensitivity, as long
+        as it is made of this unit's number and public constants: remember nothing between units.
+        A value out of range, or an exception, costs the unit the round.
         """
 
     @abstractmethod
@@ -294,6 +306,7 @@ class PrivateStrategy(Strategy, ABC):
                 evaluate_fn=evaluate_fn,
             )
             result.privacy = self.privacy_spent()
+            result.metrics_not_covered = self._gate.open
             log_result(result)
             return result
         finally:
@@ -328,6 +341,11 @@ class PrivateStrategy(Strategy, ABC):
     ) -> Iterable[Message]:
         """Draw a fresh cohort and return one message for each of its nodes (maybe none)."""
         run = self._running()
+        if self._asked is not None:
+            raise RuntimeError(
+                f"round {self._asked.server_round} waits for its replies: its cohort is not drawn "
+                "again; aggregate what came, which may be nothing"
+            )
         reference = from_record(arrays)
         run.layout.check(reference)
         registry = self._registry.node_ids(grid)
@@ -362,7 +380,6 @@ class PrivateStrategy(Strategy, ABC):
             )
         self._asked = None
         gathered = self._gathering.gather(run, asked, replies)
-        self._failures.record(asked=len(asked.nodes), answered=gathered.answered)
         noisy = run.charge_and_release(gathered.total, server_round)
         model = run.layout.flatten(asked.reference)
         released = run.commit(
@@ -372,6 +389,8 @@ class PrivateStrategy(Strategy, ABC):
             template=asked.reference,
             optimizer_state=self.optimizer_state,
         )
+        # After the charge, so that giving up is no release that the ledger does not know of.
+        self._failures.record(asked=len(asked.nodes), answered=gathered.answered)
         return to_record(released), self._gate.of_training(gathered.contents)
 
     @final
@@ -423,7 +442,8 @@ class PrivateStrategy(Strategy, ABC):
             log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
         if self._gate.open:
             log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
-        log.info("\t└──> Budget: %s", request.budget or "none")
+        budget = request.budget if self._run is None else self._run.ledger.budget
+        log.info("\t└──> Budget: %s", budget or "none")
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -445,5 +465,5 @@ class PrivateStrategy(Strategy, ABC):
         if server_round % every and server_round != num_rounds:
             return f"{server_round} releases charged"
         budget = self._plan.request.budget
-        spent = f"epsilon {self._running().ledger.epsilon():.3f}"
+        spent = f"epsilon {rounded_up(self._running().ledger.epsilon())}"
         return spent if budget is None else f"{spent} of {budget.epsilon:g}"

@@ -20,13 +20,13 @@ class Registry:
 
     Flower's own sampling computes a cohort from whichever nodes happen to be registered, so the
     first rounds see a smaller population than the accountant was told. Here nobody is drawn before
-    ``population`` nodes are there, and a node that joins later is not drawn: the population that
-    the accountant prices is an upper bound that is enforced, not hoped for.
+    ``population`` nodes are there; all that are there then take part in the draws of the whole run,
+    and a node that joins later does not.
 
     Parameters
     ----------
     population:
-        Number of nodes.
+        The least number of nodes.
     wait_seconds:
         How long to wait for them.
     sleep:
@@ -48,7 +48,7 @@ class Registry:
         self._node_ids: tuple[int, ...] = ()
 
     def node_ids(self, grid: Grid) -> tuple[int, ...]:
-        """Return the ids of the population, waiting for it the first time.
+        """Return the ids of the registered nodes, waiting for them the first time.
 
         Raises
         ------
@@ -65,13 +65,10 @@ class Registry:
         while True:
             connected = sorted(grid.get_node_ids())
             if len(connected) >= self._population:
-                if len(connected) > self._population:
-                    log.info(
-                        "%d nodes are connected; the first %d by id are the population",
-                        len(connected),
-                        self._population,
-                    )
-                return tuple(connected[: self._population])
+                # Never cut: leaving one node out for another would turn the removal of a node
+                # into a replacement, which moves the sum twice as far. A sampling whose price
+                # depends on the population refuses a larger registry itself.
+                return tuple(connected)
             if time.monotonic() >= deadline:
                 raise PopulationNotReached(
                     f"{len(connected)} nodes connected within wait_seconds={self._wait_seconds:g}, "

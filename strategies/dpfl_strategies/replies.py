@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from dpfl_flower import records
@@ -31,7 +31,6 @@ class TrainReply:
     arrays: Mapping[str, NDArray[np.generic]]
     num_examples: float
     metrics: MetricRecord
-    privacy: ConfigRecord | None
 
 
 def accepted(
@@ -87,18 +86,16 @@ def parse_train(reply: Message, layout: ArrayLayout) -> TrainReply | None:
             arrays=arrays,
             num_examples=num_examples(metrics),
             metrics=metrics,
-            privacy=reply.content.config_records.get(records.PRIVACY),
         )
     except Exception as malformed:
-        _dropout(reply, malformed)
+        dropout(reply, malformed)
         return None
 
 
 def parse_sum(reply: Message, *, width: int, bound: int) -> NDArray[np.int64] | None:
     """Return a node's integer sum, or None where it is not int64 of shape ``(width,)``.
 
-    No entry may exceed ``bound``, what all units together could come to: sums of such parts cannot
-    wrap around.
+    No entry may exceed ``bound``, so that sums of such parts cannot wrap around.
     """
     try:
         total = read_array(reply.content.array_records[records.INTEGER_SUM][records.SUM])
@@ -108,11 +105,12 @@ def parse_sum(reply: Message, *, width: int, bound: int) -> NDArray[np.int64] | 
             raise ValueError(f"expected entries within {bound}")
         return total.astype(np.int64, copy=False)
     except Exception as malformed:
-        _dropout(reply, malformed)
+        dropout(reply, malformed)
         return None
 
 
-def _dropout(reply: Message, malformed: Exception) -> None:
+def dropout(reply: Message, malformed: Exception) -> None:
+    """Log that a reply does not count, without a word of what it says."""
     log.warning(
         "NOT PRIVATE: a malformed reply of node %d counts as a dropout (%s)",
         reply.metadata.src_node_id,

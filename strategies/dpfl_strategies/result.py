@@ -27,6 +27,8 @@ class PrivateResult(Result):
         or where the nodes account for themselves (then see ``node_privacy``).
     node_privacy:
         Per-node claims, for strategies whose nodes add their own noise.
+    metrics_not_covered:
+        Whether client metrics were let through: no epsilon covers those.
     stopped:
         Why the run ended.
     rounds:
@@ -35,6 +37,7 @@ class PrivateResult(Result):
 
     privacy: PrivacyStatement | None = None
     node_privacy: NodePrivacyReport | None = None
+    metrics_not_covered: bool = False
     stopped: Stopped = Stopped.ALL_ROUNDS_DONE
     rounds: int = 0
 
@@ -42,5 +45,7 @@ class PrivateResult(Result):
         """Flower's text, then the privacy statement."""
         spent = self.privacy or self.node_privacy
         claim = "none is claimed (the noise was seeded)" if spent is None else str(spent)
+        if self.metrics_not_covered:
+            claim += "; client metrics were let through, NOT PRIVATE, and are not covered"
         ended = f"Ended after {self.rounds} rounds: {self.stopped}"
         return f"{super().__repr__()}\nPrivacy: {claim}\n{ended}\n"

@@ -16,13 +16,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from dpfl_flower import checks, records
+from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.layout import ArrayLayout
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
 from dpfl_strategies.registry import Registry
-from dpfl_strategies.replies import TrainReply, accepted, parse_train
+from dpfl_strategies.replies import accepted, parse_train
 from dpfl_strategies.result import PrivateResult
 from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
@@ -35,8 +36,8 @@ class SampleLevelFedAvg(Strategy):
 
     Every node of the population is asked in every round. A reply without a readable privacy claim
     (see :class:`~dpfl_flower.client.DPSGDClient`) counts as a dropout, so that no model trained
-    without one enters the average. Weights are the replies' ``num-examples``, which a DP-SGD node
-    fills with a public constant, never with its record count.
+    without one enters the average. The report is what nodes claimed in the replies that arrived;
+    a node's own ledger is what counts.
 
     Parameters
     ----------
@@ -44,6 +45,9 @@ class SampleLevelFedAvg(Strategy):
         Number of nodes.
     server_optimizer:
         Plain averaging by default.
+    weigh_by_num_examples:
+        Weigh replies by their ``num-examples``. Only where those are public constants, as with
+        ``DPSGDClient(weight=...)``; by default every node counts the same.
     checkpoint_dir:
         Where the model is kept after each round; ``start`` resumes from it.
     metrics, train_metrics_aggr_fn, evaluate_metrics_aggr_fn, fraction_evaluate:
@@ -57,6 +61,7 @@ class SampleLevelFedAvg(Strategy):
         *,
         population: int,
         server_optimizer: ServerOptimizer | None = None,
+        weigh_by_num_examples: bool = False,
         checkpoint_dir: str | Path | None = None,
         metrics: ClientMetrics | str = ClientMetrics.DROPPED,
         train_metrics_aggr_fn: AggregateMetrics | None = None,
@@ -65,7 +70,9 @@ class SampleLevelFedAvg(Strategy):
         wait_seconds: float = 600.0,
         give_up_after: int | None = 3,
     ) -> None:
+        self._population, self._wait_seconds = population, wait_seconds
         self._registry = Registry(population, wait_seconds=wait_seconds)
+        self._weigh_by_num_examples = weigh_by_num_examples
         self._gate = MetricsGate(
             metrics,
             fraction_evaluate=fraction_evaluate,
@@ -77,6 +84,7 @@ class SampleLevelFedAvg(Strategy):
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
         self._claims: dict[int, NodeClaim] = {}
+        self._earlier_claims: dict[int, NodeClaim] = {}
         self._optimizer_state: State = {}
         self._asked: tuple[int, frozenset[int], Arrays] | None = None
         self._evaluating: frozenset[int] = frozenset()
@@ -107,7 +115,8 @@ class SampleLevelFedAvg(Strategy):
         """
         checks.positive_int(num_rounds=num_rounds)
         self._failures = FailureWatch(self._give_up_after)
-        self._claims, self._optimizer_state = {}, {}
+        self._registry = Registry(self._population, wait_seconds=self._wait_seconds)
+        self._claims, self._earlier_claims, self._optimizer_state = {}, {}, {}
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
         result = run_rounds(
@@ -148,11 +157,12 @@ class SampleLevelFedAvg(Strategy):
         current = layout.flatten(reference)
         total, weights, answered = np.zeros_like(current), 0.0, []
         for message in accepted(replies, asked=asked, group=str(server_round)):
+            claimed = self._claimed(message)  # what was spent counts, whatever else is wrong
             reply = parse_train(message, layout)
-            if reply is None or not self._claimed(reply):
+            if reply is None or not claimed:
                 continue
             vector = layout.flatten(reply.arrays)
-            weight = reply.num_examples if reply.num_examples > 0 else 0.0
+            weight = max(reply.num_examples, 0.0) if self._weigh_by_num_examples else 1.0
             if not (np.isfinite(vector).all() and np.isfinite(weight)):
                 log.warning("Node %d answered numbers that are not finite", reply.node_id)
                 continue
@@ -173,6 +183,7 @@ class SampleLevelFedAvg(Strategy):
                     model=model,
                     optimizer_state=self._optimizer_state,
                     settings=self._settings(),
+                    claims={str(node): claim.to_json() for node, claim in self._claims.items()},
                 )
             )
         return to_record(model), self._gate.of_training(answered)
@@ -200,18 +211,23 @@ class SampleLevelFedAvg(Strategy):
             log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
         log.info("\t└──> Server optimizer: %s", self.server_optimizer)
 
-    def _claimed(self, reply: TrainReply) -> bool:
-        claim = read_claim(reply.node_id, reply.privacy)
+    def _claimed(self, reply: Message) -> bool:
+        node_id = reply.metadata.src_node_id
+        claim = read_claim(node_id, reply.content.config_records.get(records.PRIVACY))
         if claim is not None:
-            self._claims[reply.node_id] = claim
+            self._claims[node_id] = claim.after(self._earlier_claims.get(node_id))
         return claim is not None
 
     def _progress(self, server_round: int) -> str:
         claimed = max((claim.claimed for claim in self._claims.values()), default=0.0)
-        return f"worst node at epsilon {claimed:.3f}"
+        return f"worst node at epsilon {rounded_up(claimed)}"
 
     def _settings(self) -> dict[str, Any]:
-        return {"strategy": type(self).__name__, "server_optimizer": repr(self.server_optimizer)}
+        return {
+            "strategy": type(self).__name__,
+            "server_optimizer": repr(self.server_optimizer),
+            "weigh_by_num_examples": self._weigh_by_num_examples,
+        }
 
     def _resume(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         self._run_name = uuid.uuid4().hex
@@ -225,4 +241,9 @@ class SampleLevelFedAvg(Strategy):
                 "the checkpoint began; give another checkpoint_dir to begin a new run"
             )
         self._run_name, self._optimizer_state = state.run, dict(state.optimizer_state)
+        self._earlier_claims = {
+            int(node): NodeClaim.from_record(ConfigRecord(claim))
+            for node, claim in state.claims.items()
+        }
+        self._claims = dict(self._earlier_claims)
         return to_record(state.model), state.server_round + 1

@@ -426,3 +426,59 @@ def test_a_subclass_may_say_how_the_noisy_mean_is_applied():
     )
     result = half.start(grid, model(), num_rounds=1)
     np.testing.assert_allclose(flat(result.arrays), 0.1, rtol=1e-4)
+
+
+def test_a_unit_inside_a_node_is_refused_where_the_node_is_what_is_clipped():
+    with pytest.raises(ValueError, match=r"unit='example'.*num_nodes"):
+        strategy(unit="example")
+    strategy(unit="example", relation="replace-one")
+
+
+def test_runs_of_one_strategy_share_its_budget_also_without_a_file():
+    private = strategy(noise_multiplier=8.0, budget=PrivacyBudget(epsilon=2.0, delta=1e-5))
+    first = private.start(RecordingGrid(adding(0.0), NODES), model(), 2)
+    second = private.start(RecordingGrid(adding(0.0), NODES), model(), 2)
+    assert (first.privacy.releases, second.privacy.releases) == (2, 4)
+    assert second.privacy.epsilon > first.privacy.epsilon
+
+
+def test_metrics_that_were_let_through_are_named_beside_epsilon():
+    grid = RecordingGrid(loss_client, NODES)
+    loud = strategy(metrics="not_private").start(grid, model(), 1)
+    assert "NOT PRIVATE, and are not covered" in repr(loud)
+    quiet = strategy().start(RecordingGrid(loss_client, NODES), model(), 1)
+    assert "NOT PRIVATE" not in repr(quiet)
+
+
+@pytest.mark.parametrize("bad", [lambda n: 1 / (n - n), lambda n: 47.11, lambda n: None])
+def test_a_weight_that_fails_costs_its_unit_the_round_and_says_nothing(bad, caplog):
+    caplog.set_level(logging.DEBUG)
+
+    class Bad(DPFedAvg):
+        def weigh(self, num_examples):
+            return bad(num_examples) if num_examples == 4711 else 1.0
+
+    private = Bad(
+        noise_multiplier=0.0,
+        sampling=EveryoneSampling(NODES),
+        clipping=FixedClipping(10.0),
+        wait_seconds=0.0,
+    )
+
+    def client(message):
+        count = 4711 if message.metadata.dst_node_id == 100 else 1
+        return reply(record(np.full(5, 0.1, np.float32)), count)
+
+    result = private.start(RecordingGrid(client, NODES), model(), 1)
+    np.testing.assert_allclose(flat(result.arrays), 0.1 * (NODES - 1) / NODES, rtol=1e-3)
+    assert "47" not in caplog.text
+
+
+def test_a_cohort_is_not_drawn_twice_for_one_round():
+    grid = RecordingGrid(adding(0.0), NODES)
+    private = strategy()
+    arrays = private.prepare(model(), 2)
+    private.configure_train(1, arrays, ConfigRecord(), grid)
+    with pytest.raises(RuntimeError, match="not drawn again"):
+        private.configure_train(1, arrays, ConfigRecord(), grid)
+    private.close()

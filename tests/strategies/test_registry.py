@@ -23,7 +23,11 @@ def test_a_node_that_joins_later_is_not_part_of_the_population():
     registry = Registry(3, sleep=lambda _: None)
     grid = GrowingGrid(3, 9)
     assert registry.node_ids(grid) == registry.node_ids(grid) == (1, 2, 3)
-    assert Registry(3).node_ids(GrowingGrid(9)) == (1, 2, 3)
+
+
+def test_nobody_is_left_out_for_another():
+    # Otherwise removing one node would bring in the next: the sum would move by two clip norms.
+    assert Registry(3).node_ids(GrowingGrid(5)) == (1, 2, 3, 4, 5)
 
 
 def test_waiting_ends_with_an_error_that_names_both_numbers():

@@ -46,7 +46,6 @@ def test_a_reply_as_flowers_own_clients_send_it_is_read():
     assert parsed.node_id == 100
     assert parsed.num_examples == 12
     np.testing.assert_array_equal(parsed.arrays["a0"], np.ones(3))
-    assert parsed.privacy is None
 
 
 def test_the_arrays_may_have_another_record_name_if_there_is_only_one():

@@ -50,9 +50,12 @@ def start_model():
 
 def test_updates_are_averaged_by_public_weights():
     client = claiming(lambda i: float(i), weight=lambda i: i + 1)
-    result = strategy().start(RecordingGrid(client, NODES), start_model(), 1)
+    weighted = strategy(weigh_by_num_examples=True)
+    result = weighted.start(RecordingGrid(client, NODES), start_model(), 1)
     expected = sum(i * (i + 1) for i in range(4)) / 10
     np.testing.assert_allclose(values(result.arrays), [expected] * 3 + [3], rtol=1e-6)
+    uniform = strategy().start(RecordingGrid(client, NODES), start_model(), 1)
+    np.testing.assert_allclose(values(uniform.arrays), [1.5] * 3 + [3], rtol=1e-6)
 
 
 def test_every_node_is_asked_and_the_worst_and_the_composition_are_reported():
@@ -134,3 +137,32 @@ def test_a_round_is_aggregated_once():
     lone = strategy()
     with pytest.raises(RuntimeError, match="round 1"):
         lone.aggregate_train(1, [])
+
+
+def test_what_was_spent_counts_also_where_the_arrays_are_malformed():
+    honest = claiming(lambda i: 1.0)
+
+    def client(message):
+        answer = honest(message)
+        if message.metadata.dst_node_id == 100:
+            answer["arrays"] = record(np.zeros(9, np.float32))
+        return answer
+
+    result = strategy().start(RecordingGrid(client, NODES), start_model(), 1)
+    assert len(result.node_privacy.claims) == NODES
+
+
+def test_a_resumed_run_remembers_what_nodes_without_a_ledger_file_claimed(tmp_path):
+    def forgetful(message):
+        answer = claiming(lambda i: 0.0)(message)
+        answer["privacy"]["durable"] = False
+        answer["privacy"]["events"] = json.dumps([Gaussian(5.0).to_json()])
+        return answer
+
+    def run(rounds):
+        parts = strategy(checkpoint_dir=tmp_path)
+        return parts.start(RecordingGrid(forgetful, NODES), start_model(), rounds).node_privacy
+
+    before, after = run(1), run(2)
+    assert after.worst.epsilon > before.worst.epsilon
+    assert len(after.worst.events) == 2
