@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
-from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 
 from dpfl_flower import checks
+from dpfl_flower.client._opacus import GradSampleModule, GradSampleModuleFastGradientClipping
 from dpfl_flower.client.errors import ModelRefused
 
 LossFunction = Callable[[Any, Tensor], Tensor]

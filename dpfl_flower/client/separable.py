@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
-from opacus.grad_sample import AbstractGradSampleModule
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from dpfl_flower.client._opacus import AbstractGradSampleModule, ModuleValidator
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
 from dpfl_flower.client.per_example import (
     Batch,
