@@ -23,15 +23,36 @@ def rows() -> Rows:
 
 
 def test_a_week_is_drawn_as_a_png(tmp_path: Path, rows: Rows) -> None:
-    path = draw_week(tmp_path / "week.png", rows, rows.counts * 1.1, sensor="Quay", start=START)
+    path = draw_week(
+        tmp_path / "week.png",
+        rows.hours,
+        rows.counts,
+        rows.counts * 1.1,
+        sensor="Quay",
+        start=START,
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_week_without_hours_is_refused(tmp_path: Path, rows: Rows) -> None:
     with pytest.raises(ValueError, match="no hour of Quay"):
-        draw_week(tmp_path / "week.png", rows, rows.counts, sensor="Quay", start=START + 9000)
+        draw_week(
+            tmp_path / "week.png",
+            rows.hours,
+            rows.counts,
+            rows.counts,
+            sensor="Quay",
+            start=START + 9000,
+        )
 
 
 def test_a_forecast_of_other_hours_is_refused(tmp_path: Path, rows: Rows) -> None:
     with pytest.raises(ValueError, match="expected has shape"):
-        draw_week(tmp_path / "week.png", rows, rows.counts[:-1], sensor="Quay", start=START)
+        draw_week(
+            tmp_path / "week.png",
+            rows.hours,
+            rows.counts,
+            rows.counts[:-1],
+            sensor="Quay",
+            start=START,
+        )

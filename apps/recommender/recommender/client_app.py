@@ -51,8 +51,8 @@ def evaluate_held_out(message: Message, context: Context) -> Message:
     splits = _splits(_frozen(context.node_config), settings.split_seed)
     errors = evaluate(_model(message, shop.catalogue), splits)
     answer = HeldOutAnswer(errors, packaged=shop.packaged)
-    reply = {records.METRICS: MetricRecord(answer.to_metrics())}
-    return Message(RecordDict(reply), reply_to=message)
+    reply = RecordDict({records.METRICS: MetricRecord({**answer.to_metrics()})})
+    return Message(reply, reply_to=message)
 
 
 @app.query()

@@ -7,11 +7,15 @@ from matplotlib.dates import DateFormatter, DayLocator
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .features import Rows
-
 
 def draw_week(
-    path: Path, rows: Rows, expected: NDArray[np.float64], *, sensor: str, start: int
+    path: Path,
+    hours: NDArray[np.int64],
+    counts: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    *,
+    sensor: str,
+    start: int,
 ) -> Path:
     """Write a PNG of the 168 hours from ``start`` on; hours without a count are gaps.
 
@@ -19,10 +23,10 @@ def draw_week(
     ----------
     path
         Of the file, which is replaced.
-    rows
-        Hours of one sensor, with what was counted.
-    expected
-        The forecast of each, shape ``(n,)``.
+    hours
+        The numbers of some hours, shape ``(n,)``.
+    counts, expected
+        What the sensor counted in each, and what was forecast, shape ``(n,)``.
     sensor
         For the title.
     start
@@ -31,23 +35,24 @@ def draw_week(
     Raises
     ------
     ValueError
-        If none of ``rows`` lies in the week.
+        If shapes differ, or none of ``hours`` lies in the week.
     """
-    if expected.shape != rows.hours.shape:
-        raise ValueError(f"expected has shape {expected.shape}, must be {rows.hours.shape}")
-    hours = np.arange(start, start + 7 * 24)
-    shown = np.isin(rows.hours, hours)
+    for name, values in (("counts", counts), ("expected", expected)):
+        if values.shape != hours.shape:
+            raise ValueError(f"{name} has shape {values.shape}, must be {hours.shape}")
+    week = np.arange(start, start + 7 * 24)
+    shown = np.isin(hours, week)
     if not shown.any():
         raise ValueError(f"start={start!r}: no hour of {sensor} in the week from there on")
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for values, label, style in (
-        (rows.counts, "counted (not private)", "-"),
+        (counts, "counted (not private)", "-"),
         (expected, "forecast, one hour ahead", "--"),
     ):
-        line = np.full(len(hours), np.nan)
-        line[rows.hours[shown] - start] = values[shown]
-        axes.plot(hours.astype("datetime64[h]"), line, style, label=label, linewidth=1.2)
+        line = np.full(len(week), np.nan)
+        line[hours[shown] - start] = values[shown]
+        axes.plot(week.astype("datetime64[h]"), line, style, label=label, linewidth=1.2)
     axes.set_title(sensor)
     axes.set_ylabel("people an hour")
     axes.set_ylim(bottom=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
@@ -52,8 +53,12 @@ class Settings:
         What all rounds may cost a unit.
     init_seed
         Of the model that training starts from.
+    dataset
+        Whose budget it is: the name of the units' data in the ledger.
+    figure_sensor, figure_day
+        The sensor to draw at the end, none if empty, and the first day of the week.
     run_dir
-        Where ledger and result go.
+        Where ledger, model, result and figure go.
     """
 
     num_nodes: int
@@ -69,6 +74,9 @@ class Settings:
     target_epsilon: float
     target_delta: float
     init_seed: int
+    dataset: str
+    figure_sensor: str
+    figure_day: date
     run_dir: Path
 
     def __post_init__(self) -> None:
@@ -115,6 +123,9 @@ class Settings:
             target_epsilon=read("target-epsilon", float),
             target_delta=read("target-delta", float),
             init_seed=read("init-seed", int),
+            dataset=read("dataset", str),
+            figure_sensor=read("figure-sensor", str),
+            figure_day=_day("figure-day", read("figure-day", str)),
             run_dir=Path(read("run-dir", str)),
         )
 
@@ -239,6 +250,13 @@ def evaluate(arrays: Arrays, parts: Iterable[Rows]) -> AbsoluteErrors:
     return sum(
         (AbsoluteErrors.of(rows, forecast(arrays, rows)) for rows in parts), AbsoluteErrors()
     )
+
+
+def _day(key: str, text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"run config {key}={text!r} must be a day like 2024-03-04") from None
 
 
 @cache
