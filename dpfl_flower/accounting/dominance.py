@@ -9,10 +9,11 @@ single releases priced in isolation decide.
 [Gaussian(noise_multiplier=1.0)]
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 from dpfl_flower.accounting.accountant import Price
-from dpfl_flower.accounting.events import Event, FixedSizeSampled, count_events
+from dpfl_flower.accounting.events import Event, FixedSizeSampled, Gaussian, count_events
 from dpfl_flower.accounting.units import Relation
 
 # Where profiles are compared; between and beyond these points they are taken to keep their order.
@@ -49,7 +50,22 @@ def _dominates(
     # Fixed-size samples are priced by Rényi curves, whose bounds do not rank against others.
     if _is_fixed_size(event) != _is_fixed_size(other):
         return False
-    return all(a >= b - _ROUNDING for a, b in zip(profile, other_profile, strict=True))
+    mu, other_mu = _mu_squared(event), _mu_squared(other)
+    if mu is not None and other_mu is not None:
+        return mu >= other_mu
+    # Profiles that tie at every point, because all of them are 1 or 0 there, rank nothing.
+    gaps = [a - b for a, b in zip(profile, other_profile, strict=True)]
+    return min(gaps) >= -_ROUNDING and max(gaps) > _ROUNDING
+
+
+def _mu_squared(event: Event) -> float | None:
+    """Return mu^2 of a composition of Gaussians that are not sampled, which it orders exactly."""
+    total = 0.0
+    for part, count in count_events([event]).items():
+        if not isinstance(part, Gaussian):
+            return None
+        total += count / part.noise_multiplier**2 if part.noise_multiplier else math.inf
+    return total
 
 
 def _is_fixed_size(event: Event) -> bool:

@@ -49,6 +49,21 @@ def test_a_single_price_would_rank_these_wrongly_so_both_are_kept():
     assert dearest([rare, steady], relation) == [rare, steady]
 
 
+@pytest.mark.parametrize("relation", list(Relation))
+def test_gaussians_are_ranked_also_where_every_profile_is_one(relation):
+    for events in ([Gaussian(0.05), Gaussian(0.03)], [Gaussian(0.03), Gaussian(0.05)]):
+        assert dearest(events, relation) == [Gaussian(0.03)]
+    assert dearest([Composed(Gaussian(0.05), 3), Gaussian(0.03)], relation) == [
+        Composed(Gaussian(0.05), 3)
+    ]
+
+
+def test_what_ties_at_every_point_is_kept():
+    events = [Laplace(0.001), Laplace(0.002)]
+    assert dearest(events, Relation.ADD_OR_REMOVE_ONE) == events
+    assert dearest(events[::-1], Relation.ADD_OR_REMOVE_ONE) == events[::-1]
+
+
 def test_fixed_sizes_are_ranked_among_themselves_only():
     small, large = (FixedSizeSampled(1000, m, Gaussian(1.0)) for m in (10, 20))
     assert dearest([small, large], Relation.REPLACE_ONE) == [large]
