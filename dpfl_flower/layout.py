@@ -28,6 +28,8 @@ Array = NDArray[np.generic] | torch.Tensor
 """What one array may be: a numpy array of any layout in memory, or a torch tensor anywhere."""
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
+_FLOATING_TYPES = frozenset({np.float16, np.float32, np.float64})
+_FLOATING_TORCH = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def dtype_name(array: Array) -> str:
@@ -39,7 +41,9 @@ def dtype_name(array: Array) -> str:
 
 def is_floating(array: Array) -> bool:
     """Whether the array is float16, bfloat16, float32 or float64: whether it is released."""
-    return dtype_name(array) in _FLOATING
+    if isinstance(array, torch.Tensor):
+        return array.dtype in _FLOATING_TORCH
+    return array.dtype.type in _FLOATING_TYPES
 
 
 def as_numpy(array: Array) -> NDArray[np.generic]:

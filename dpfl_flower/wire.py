@@ -10,7 +10,10 @@ array([1.5, 2.5])
 """
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from flwr.app import Array
@@ -19,8 +22,26 @@ from numpy.typing import NDArray
 
 __all__ = ["read_array"]
 
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _STYPE = "numpy.ndarray"
+_VERSIONS = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
+_LONGEST_HEADER = 10_000
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    dtype: np.dtype[np.generic]
+
+
+@lru_cache(maxsize=1024)  # a model's arrays have the same headers in every reply
+def _parsed(start: bytes) -> _Header:
+    stream = BytesIO(start)
+    version = npy.read_magic(stream)
+    shape, column_major, dtype = _VERSIONS[version][1](stream, max_header_size=_LONGEST_HEADER)
+    if dtype.hasobject:
+        raise ValueError(f"dtype={dtype!r} must not hold Python objects")
+    return _Header(shape, "F" if column_major else "C", dtype)
 
 
 def read_array(array: Array) -> NDArray[np.generic]:
@@ -37,15 +58,17 @@ def read_array(array: Array) -> NDArray[np.generic]:
     """
     if array.stype != _STYPE:
         raise TypeError(f"stype={array.stype!r} must be {_STYPE!r}")
-    stream = BytesIO(array.data)  # shares the bytes
-    version = npy.read_magic(stream)
-    if version not in _HEADERS:
-        raise ValueError(f"version={version!r} of the array format must be in {list(_HEADERS)}")
-    shape, column_major, dtype = _HEADERS[version](stream)
-    if dtype.hasobject:
-        raise ValueError(f"dtype={dtype!r} must not hold Python objects")
-    size = math.prod(shape)
+    data = array.data
+    version = npy.read_magic(BytesIO(data[: npy.MAGIC_LEN]))
+    if version not in _VERSIONS:
+        raise ValueError(f"version={version!r} of the array format must be in {list(_VERSIONS)}")
+    body = npy.MAGIC_LEN + _VERSIONS[version][0]
+    body += int.from_bytes(data[npy.MAGIC_LEN : body], "little")
+    if body > _LONGEST_HEADER:
+        raise ValueError(f"header of {body} bytes must be <= {_LONGEST_HEADER}")
+    header = _parsed(data[:body])
+    size = math.prod(header.shape)
     if size == 0:
-        return np.empty(shape, dtype)
-    flat = np.frombuffer(array.data, dtype, count=size, offset=stream.tell())
-    return flat.reshape(shape, order="F" if column_major else "C")
+        return np.empty(header.shape, header.dtype)
+    flat = np.frombuffer(data, header.dtype, count=size, offset=body)
+    return flat.reshape(header.shape, order=header.order)

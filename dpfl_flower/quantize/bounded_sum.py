@@ -10,7 +10,8 @@ array([ 9830, 13107])
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -34,8 +35,6 @@ _PLAIN_FLOAT32_FACTORS: Final = (2.0**-100, 2.0**100)
 _PLAIN_FLOAT32_SQUARES: Final = (1e-20, 3e38)
 """Within these no square that matters has vanished or overflowed."""
 _ATTEMPTS: Final = 8
-
-_Put = Callable[[int, kernels.Rows], None]
 
 
 class BoundedSum:
@@ -117,15 +116,9 @@ class BoundedSum:
         """
         grid = self._grid
         vector = np.zeros(grid.width, np.int64)
-        parts = [vector[where] for where in kernels.blocks(grid.dimension)]
-
-        def put(index: int, integers: kernels.Rows) -> None:
-            np.copyto(parts[index], integers.values, casting="unsafe")
-
-        def take_back(index: int, _: kernels.Rows) -> None:
-            parts[index].fill(0)
-
-        indicator = self._place(values, reference, weight, put, take_back)
+        work, indicator = self._integers(values, reference, weight, pending=None)
+        if work is not None:
+            np.copyto(vector[: grid.dimension], work.values, casting="unsafe")
         if grid.indicator_units:
             vector[-1] = indicator
         return vector
@@ -138,54 +131,44 @@ class BoundedSum:
         weight: float = 1.0,
     ) -> None:
         """Add one unit's contribution; parameters and errors as for :meth:`contribution`."""
-        where = list(kernels.blocks(self._grid.dimension))
-
-        def put(index: int, integers: kernels.Rows) -> None:
-            if integers.values.dtype == _FLOAT32:
-                np.add(pending[index], integers.values, out=pending[index])
-            else:
-                self._total[where[index]] += integers.values.astype(np.int64)
-
-        def take_back(index: int, integers: kernels.Rows) -> None:
-            np.negative(integers.values, out=integers.values)
-            put(index, integers)
-
+        grid = self._grid
         pending = self._room_for_one()
-        indicator = self._place(values, reference, weight, put, take_back)
+        work, indicator = self._integers(values, reference, weight, pending=pending)
         self._pending_units += 1
-        if self._grid.indicator_units:
+        if work is not None and work.values.dtype == _FLOAT64:
+            for where, block in zip(kernels.blocks(grid.dimension), work.blocks, strict=True):
+                self._total[where] += block.values.astype(np.int64)
+        if grid.indicator_units:
             self._total[-1] += indicator
 
-    def _place(
+    def _integers(
         self,
         values: Sequence[Array],
         reference: Sequence[Array] | None,
         weight: float,
-        put: _Put,
-        take_back: _Put,
-    ) -> int:
-        """Put one unit's integers where they belong, block by block, and return its indicator."""
+        *,
+        pending: Sequence[NDArray[np.float32]] | None,
+    ) -> tuple[kernels.Workspace | None, int]:
+        """Return a workspace that holds one unit's integers, None for zeros, and its indicator.
+
+        Where they are float32 they have also been added to ``pending``.
+        """
         if not (_is_number(weight) and 0 <= weight <= 1):
             raise ValueError(f"weight={weight!r} must be in [0, 1]")
-        flat = self._flat(values)
-        flat_reference = None if reference is None else self._flat(reference)
-        if flat_reference is not None:
-            found, sizes = [a.size for a in flat_reference], [a.size for a in flat]
-            if found != sizes:
-                raise ValueError(f"reference has arrays of {found} entries, must be {sizes}")
+        update = _Update(self._flat(values), None if reference is None else self._flat(reference))
         with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome: zeros
-            work, length = self._difference(flat, flat_reference)
+            work, length = self._difference(update)
             if not math.isfinite(length):
-                return 0
+                return None, 0
             factor = self._factor(weight, length)
             least, most = _PLAIN_FLOAT32_FACTORS
-            if factor and work.difference.dtype == _FLOAT32 and not least < factor < most:
-                difference, work = work.difference, self._workspace(_FLOAT64)
-                np.copyto(work.difference, difference)
-            if not self._fit(work, factor, put, take_back):
-                return 0
+            if factor and work.values.dtype == _FLOAT32 and not least < factor < most:
+                work = self._workspace(_FLOAT64)
+                update.subtract(work)
+            if not self._fit(update, work, factor, pending):
+                return None, 0
         indicator = self._grid.indicator_units
-        return indicator if weight * length <= self._clip_norm else -indicator
+        return work, indicator if weight * length <= self._clip_norm else -indicator
 
     def _factor(self, weight: float, length: float) -> float:
         """Return what turns a difference of this norm into grid units, weighted and clipped."""
@@ -193,55 +176,57 @@ class BoundedSum:
             return weight * (self._grid.clip_units / self._clip_norm)
         return _leading_bits(self._grid.clip_units / length)
 
-    def _difference(
-        self,
-        values: Sequence[NDArray[np.generic]],
-        reference: Sequence[NDArray[np.generic]] | None,
-    ) -> tuple[kernels.Workspace, float]:
-        """Return ``values - reference`` in a workspace, and its norm, NaN or inf included."""
+    def _difference(self, update: "_Update") -> tuple[kernels.Workspace, float]:
+        """Return a workspace that holds the difference, and its norm, NaN or inf included."""
         grid = self._grid
-        wide = grid.sensitivity_units > _LARGEST_FLOAT32_BOUND or any(
-            array.dtype == _FLOAT64 for array in (*values, *(reference or ()))
-        )
+        wide = update.wide or grid.sensitivity_units > _LARGEST_FLOAT32_BOUND
         work = self._workspace(_FLOAT64 if wide else _FLOAT32)
         # A long vector's norm is summed on the way, a short one's in float64 throughout.
-        quick = not wide and grid.norm is Norm.L2 and grid.dimension > kernels.BLOCK
-        squares = kernels.PowerSum(Norm.L2, grid.dimension, quick=True)
-        for block in work.subtract(values, reference):
-            if quick:
-                squares.see(block.difference)
-        least, most = _PLAIN_FLOAT32_SQUARES
-        if quick and least < squares.value < most:
-            return work, math.sqrt(squares.value)
-        return work, clipping.norm([work.difference], grid.norm)
+        if not wide and grid.norm is Norm.L2 and grid.dimension > kernels.BLOCK:
+            squares = kernels.PowerSum(Norm.L2, grid.dimension, quick=True)
+            for block in work.subtract(update.values, update.reference):
+                squares.see(block)
+            total = squares.value()
+            least, most = _PLAIN_FLOAT32_SQUARES
+            if least < total < most:
+                return work, math.sqrt(total)
+        else:
+            update.subtract(work)
+        return work, clipping.norm([work.values], grid.norm)
 
-    def _fit(self, work: kernels.Workspace, factor: float, put: _Put, take_back: _Put) -> bool:
-        """Round and put, shrinking until the bound holds; False: nothing was put.
+    def _fit(
+        self,
+        update: "_Update",
+        work: kernels.Workspace,
+        factor: float,
+        pending: Sequence[NDArray[np.float32]] | None,
+    ) -> bool:
+        """Turn the difference into integers within the bound, shrinking it; False if none fit.
 
-        Blocks are put as they are rounded, before the bound is known; integers add without error,
-        so that taking them back leaves no trace.
+        Blocks are added to ``pending`` as they are rounded, while they are in cache and before the
+        bound is known; integers add without error, so that taking them back leaves no trace.
         """
-        grid, dtype = self._grid, work.difference.dtype
-
-        def check(*, quick: bool) -> kernels.NormCheck:
-            return kernels.NormCheck(grid.sensitivity_units, grid.norm, grid.dimension, quick=quick)
-
-        for _ in range(_ATTEMPTS):
+        grid, dtype = self._grid, work.values.dtype
+        sums = pending if pending is not None and dtype == _FLOAT32 else [None] * len(work.blocks)
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                update.subtract(work)
             scale = _at_most(factor, dtype)
-            found = check(quick=dtype == _FLOAT32)
-            for index, block in enumerate(work.blocks):
-                integers = block.round(scale)
-                found.see(integers)
-                put(index, integers)
-            if not found.conclusive:
-                found = check(quick=False)
-                for block in work.blocks:
-                    found.see(block.round(scale))
-            if found.within:
+            check = kernels.NormCheck(
+                grid.sensitivity_units, grid.norm, grid.dimension, quick=dtype == _FLOAT32
+            )
+            for block, sum_ in zip(work.blocks, sums, strict=True):
+                block.round(scale)
+                check.see(block)
+                if sum_ is not None:
+                    np.add(sum_, block.values, out=sum_)
+            excess = check.excess(work.blocks)
+            if not excess:
                 return True
-            for index, block in enumerate(work.blocks):
-                take_back(index, block.round(scale))
-            factor *= (1 - 2.0**-10) / found.excess
+            for block, sum_ in zip(work.blocks, sums, strict=True):
+                if sum_ is not None:
+                    np.subtract(sum_, block.values, out=sum_)
+            factor *= (1 - 2.0**-10) / excess
         return False
 
     def _workspace(self, dtype: np.dtype[np.generic]) -> kernels.Workspace:
@@ -281,6 +266,29 @@ class BoundedSum:
                 self._total[where] += block.astype(np.int64)
                 block.fill(0)
         self._pending_units = 0
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One unit's flat arrays, and what to subtract from them."""
+
+    values: Sequence[NDArray[np.generic]]
+    reference: Sequence[NDArray[np.generic]] | None
+
+    def __post_init__(self) -> None:
+        if self.reference is not None:
+            sizes, found = ([a.size for a in arrays] for arrays in (self.values, self.reference))
+            if found != sizes:
+                raise ValueError(f"reference has arrays of {found} entries, must be {sizes}")
+
+    @property
+    def wide(self) -> bool:
+        """Whether an array is float64, so that the arithmetic is too."""
+        return any(array.dtype == _FLOAT64 for array in (*self.values, *(self.reference or ())))
+
+    def subtract(self, work: kernels.Workspace) -> None:
+        for _ in work.subtract(self.values, self.reference):
+            pass
 
 
 def _leading_bits(factor: float) -> float:

@@ -5,7 +5,7 @@ Entry i of a vector takes number ``i mod PERIOD``: each entry is rounded without
 numbers stay in a core's cache.
 
 >>> dither(b"round 1", 3)
-array([0.14653724, 0.39233404, 0.1432572 ], dtype=float32)
+array([-0.35346276, -0.10766596, -0.3567428 ], dtype=float32)
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 __all__ = ["PERIOD", "dither"]
 
-PERIOD: Final = 1 << 16
+PERIOD: Final = 1 << 17
 """How many numbers there are before they repeat."""
 
 
 def dither(seed: bytes, dimension: int) -> NDArray[np.float32]:
-    """Expand a public seed into numbers in (0, 1).
+    """Expand a public seed into numbers in (-1/2, 1/2).
 
     AES-256-CTR keyed with the seed's SHA-256, so that every node and every version expands it the
-    same way. The numbers are the odd multiples of 2^-24: symmetric about 1/2, and never 0, so
-    that ``floor(x + u)`` keeps zero at zero.
+    same way. The numbers are the odd multiples of 2^-24: symmetric about 0, and never 1/2, so that
+    ``rint(x + u)`` keeps zero at zero.
 
     Parameters
     ----------
@@ -45,4 +45,5 @@ def dither(seed: bytes, dimension: int) -> NDArray[np.float32]:
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     size = min(dimension, PERIOD)
     words = np.frombuffer(stream.update(bytes(4 * size)), "<u4")
-    return ((words >> 8) | 1).astype(np.float32) * np.float32(2.0**-24)
+    odd = ((words >> 8) | 1).astype(np.int32) - (1 << 23)
+    return odd.astype(np.float32) * np.float32(2.0**-24)

@@ -42,7 +42,8 @@ class Rounding(StrEnum):
     """How reals become integers.
 
     NEAREST moves each entry by at most half a unit, and loses what is smaller in every round.
-    DITHERED is floor(x + u), u uniform in (0, 1) from a public seed: unbiased over rounds.
+    DITHERED adds a public number, uniform in (-1/2, 1/2), first: unbiased over rounds. It is
+    floor(x + u), u uniform in (0, 1).
     """
 
     NEAREST = "nearest"

@@ -3,8 +3,8 @@
 The arithmetic that defines a contribution, entry by entry and the same anywhere: the difference
 ``values - reference``, its product with one factor and the sum with the dither are each rounded
 once, in float32 (in float64 where an input is float64, or where float32 would not resolve the
-grid); then comes the floor, or the nearest integer, ties to even. Blocks are small enough to stay
-in a core's cache from one step to the next; what numpy needs to know of them is prepared once.
+grid); then comes the nearest integer, ties to even. Blocks are small enough to stay in a core's
+cache from one step to the next; what numpy needs to know of them is prepared once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dpfl_flower.clipping import Norm
 from dpfl_flower.quantize.dither import PERIOD
 
-__all__ = ["BLOCK", "Block", "NormCheck", "PowerSum", "Real", "Rows", "Workspace", "blocks"]
+__all__ = ["BLOCK", "Block", "NormCheck", "PowerSum", "Real", "Workspace", "blocks"]
 
 Real = NDArray[np.float32] | NDArray[np.float64]
 
@@ -33,16 +33,27 @@ def blocks(size: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, size))
 
 
-class Rows:
-    """A stretch of a vector, and the same cut into rows whose squares are summed one by one."""
+class Block:
+    """A stretch of a vector, and the same cut into rows whose squares are summed one by one.
 
-    def __init__(self, values: Real) -> None:
+    ``dither`` is as long as ``values``, or None to round to nearest.
+    """
+
+    def __init__(self, values: Real, dither: NDArray[np.float32] | None = None) -> None:
+        count = values.size // _ROW
         self.values = values
-        self.count = values.size // _ROW
-        whole = self.count * _ROW
-        self.left: NDArray[Any] = values[:whole].reshape(self.count, 1, _ROW)
-        self.right: NDArray[Any] = values[:whole].reshape(self.count, _ROW, 1)
-        self.rest = values[whole:]
+        self.dither = dither
+        self.left: NDArray[Any] = values[: count * _ROW].reshape(count, 1, _ROW)
+        self.right: NDArray[Any] = values[: count * _ROW].reshape(count, _ROW, 1)
+        self.rest = values[count * _ROW :]
+
+    def round(self, factor: np.floating[Any]) -> None:
+        """Replace the values by the integers ``rint(values * factor + dither)``."""
+        values = self.values
+        np.multiply(values, factor, out=values)
+        if self.dither is not None:
+            np.add(values, self.dither, out=values)
+        np.rint(values, out=values)
 
 
 class PowerSum:
@@ -61,27 +72,29 @@ class PowerSum:
         self._seen = 0
         self._rest = 0.0
 
-    def see(self, rows: Rows) -> None:
-        """Take the next stretch into account."""
+    def see(self, block: Block) -> None:
+        """Take the next block into account."""
         if self._norm is Norm.L1:
-            self._rest += float(np.abs(rows.values).sum(dtype=np.float64))
+            self._rest += float(np.abs(block.values).sum(dtype=np.float64))
             return
         if not self._quick:
-            rows = Rows(rows.values.astype(np.float64))
-        target = self._rows[self._seen : self._seen + rows.count]
-        np.matmul(rows.left, rows.right, out=target)
-        self._seen += rows.count
-        if rows.rest.size:
-            self._rest += float(rows.rest @ rows.rest)
+            block = Block(block.values.astype(np.float64))
+        seen = self._seen + len(block.left)
+        np.matmul(block.left, block.right, out=self._rows[self._seen : seen])
+        self._seen = seen
+        if block.rest.size:
+            self._rest += float(block.rest @ block.rest)
 
-    @property
     def value(self) -> float:
-        """The sum over everything seen."""
+        """Return the sum over everything seen."""
         return float(self._rows[: self._seen].sum(dtype=np.float64)) + self._rest
 
 
 class NormCheck:
     """Whether a vector of integers is within the bound: never yes by mistake.
+
+    A quick look first, to which the bound on its error is added; only if that does not tell, the
+    sum without any error.
 
     Parameters
     ----------
@@ -90,58 +103,37 @@ class NormCheck:
     norm : Norm
     size : int
     quick : bool
-        The bound on the sum's error is added, so that ``within`` may be a false alarm;
-        ``conclusive`` tells.
+        Whether the entries are float32; float64 is summed without error at once.
     """
 
     def __init__(self, bound: int, norm: Norm, size: int, *, quick: bool) -> None:
         self._norm = norm
+        self._size = size
         self._limit = float(bound if norm is Norm.L1 else bound * bound)
         self._sum = PowerSum(norm, size, quick=quick)
         self.see = self._sum.see
 
-    @property
-    def within(self) -> bool:
-        """Whether the bound holds for certain."""
-        return self._sum.value * (1 + self._sum.relative_error) <= self._limit
+    def excess(self, integers: Sequence[Block]) -> float:
+        """Return how far the integers, all seen before, exceed the bound, as a ratio of norms.
 
-    @property
-    def conclusive(self) -> bool:
-        """Whether ``within`` is the last word."""
-        return self.within or self._sum.value * (1 - self._sum.relative_error) > self._limit
-
-    @property
-    def excess(self) -> float:
-        """The norm of what was seen, over the bound."""
-        ratio = self._sum.value / self._limit
+        Exactly 0 where they are within, above 0 where they are not.
+        """
+        found, error = self._sum.value(), self._sum.relative_error
+        if found * (1 + error) <= self._limit:
+            return 0.0
+        if error:
+            exact = PowerSum(self._norm, self._size, quick=False)
+            for block in integers:
+                exact.see(block)
+            found = exact.value()
+        if found <= self._limit:
+            return 0.0
+        ratio = found / self._limit
         return ratio if self._norm is Norm.L1 else float(ratio**0.5)
 
 
-class Block:
-    """One block of a workspace: where it lies, its difference, and room for its integers."""
-
-    def __init__(
-        self, where: slice, difference: Real, integers: Real, dither: NDArray[np.float32] | None
-    ) -> None:
-        self.where = where
-        self.difference = Rows(difference)
-        self.integers = Rows(integers)
-        self._dither = dither
-
-    def round(self, factor: np.floating[Any]) -> Rows:
-        """Return ``floor(difference * factor + dither)``, valid until the next block is rounded."""
-        integers = self.integers.values
-        np.multiply(self.difference.values, factor, out=integers)
-        if self._dither is None:
-            np.rint(integers, out=integers)
-        else:
-            np.add(integers, self._dither, out=integers)
-            np.floor(integers, out=integers)
-        return self.integers
-
-
 class Workspace:
-    """The difference vector that each unit in turn is computed in, cut into blocks.
+    """The vector that each unit in turn is worked out in, cut into blocks.
 
     Parameters
     ----------
@@ -149,20 +141,16 @@ class Workspace:
     dtype : numpy dtype
         float32 or float64: the arithmetic.
     dither : float32 array, shape (min(dimension, BLOCK),), or None
-        The same for every block; None rounds to nearest.
+        The same for every block.
     """
 
     def __init__(
         self, dimension: int, dtype: np.dtype[Any], dither: NDArray[np.float32] | None
     ) -> None:
-        self.difference: Real = np.empty(dimension, dtype)
-        scratch = np.empty(min(BLOCK, dimension), dtype)
+        self.values: Real = np.empty(dimension, dtype)
         self.blocks = [
             Block(
-                where,
-                self.difference[where],
-                scratch[: where.stop - where.start],
-                None if dither is None else dither[: where.stop - where.start],
+                self.values[where], None if dither is None else dither[: where.stop - where.start]
             )
             for where in blocks(dimension)
         ]
@@ -178,7 +166,7 @@ class Workspace:
         ----------
         values, reference : sequences of 1-d floating arrays of equal sizes, ``dimension`` in all
         """
-        out = self.difference
+        out = self.values
         ready = iter(self.blocks)
         filled = 0
         for index, value in enumerate(values):

@@ -52,7 +52,7 @@ def by_hand(grid, clip_norm, values, reference=None, weight=1.0):
         scale = np.nextafter(scale, real(0))
     y = x * scale
     if grid.rounding is Rounding.DITHERED:
-        y = np.floor(y + np.resize(dither(SEED, PERIOD), x.size))
+        y = y + np.resize(dither(SEED, PERIOD), x.size)
     q = [int(v) for v in np.rint(y)]
     if grid.norm is Norm.L2:
         fits = sum(v * v for v in q) <= grid.sensitivity_units**2
