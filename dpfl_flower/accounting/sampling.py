@@ -12,7 +12,7 @@ False
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
@@ -44,8 +44,27 @@ def _gaussian(release: Event, sampling: str) -> Gaussian:
 class Sampling(ABC):
     """A rule by which units join a round.
 
-    To sample in another way, subclass `CustomSampling`: it is priced without amplification.
+    To sample in another way, subclass `CustomSampling`: it is priced without amplification. No
+    other class can be subclassed, and what that one is priced at cannot be overridden: TypeError.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            return
+        # Not by issubclass: a class is no ABC yet when this runs.
+        priced = {PoissonSampling, CappedPoissonSampling, FixedSizeSampling, EveryoneSampling}
+        if CustomSampling not in cls.__mro__ or priced.intersection(cls.__mro__):
+            raise TypeError(
+                f"{cls.__name__} must subclass CustomSampling and no other Sampling: "
+                "the price of each holds for the way it draws"
+            )
+        for name in ("event", "supports"):
+            if getattr(cls, name) is not getattr(CustomSampling, name):
+                raise TypeError(
+                    f"{cls.__name__}.{name} cannot be overridden: "
+                    "CustomSampling is priced without amplification"
+                )
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ from dpfl_flower.accounting import (
     PoissonSampled,
     PoissonSampling,
     Relation,
+    Sampling,
 )
 from dpfl_flower.rng import SeededRandom
 
@@ -107,10 +108,48 @@ def test_a_rule_of_ones_own_claims_no_amplification_and_cannot():
     assert Cyclic().event(RELEASE) == RELEASE
     assert Cyclic().supports(Relation.ADD_OR_REMOVE_ONE)
     assert Cyclic().max_cohort is None
-    assert CustomSampling.event.__final__
-    assert CustomSampling.supports.__final__
-    for final in (PoissonSampling, CappedPoissonSampling, FixedSizeSampling, EveryoneSampling):
-        assert final.__final__
+
+
+def everyone(self, registry, rng):
+    return list(registry)
+
+
+def unpriced(self, release):
+    return Gaussian(1e9)
+
+
+class Discount:
+    event = unpriced
+
+
+@pytest.mark.parametrize(
+    "bases",
+    [
+        (PoissonSampling,),
+        (CappedPoissonSampling,),
+        (FixedSizeSampling,),
+        (EveryoneSampling,),
+        (Sampling,),
+        (CustomSampling, PoissonSampling),
+        (PoissonSampling, CustomSampling),
+    ],
+)
+def test_a_price_cannot_be_kept_for_another_way_to_draw(bases):
+    with pytest.raises(TypeError, match="Cyclic must subclass CustomSampling"):
+        type("Cyclic", bases, {"draw": everyone})
+
+
+@pytest.mark.parametrize(
+    ("bases", "body", "named"),
+    [
+        ((CustomSampling,), {"event": unpriced}, "event"),
+        ((CustomSampling,), {"supports": lambda self, relation: True}, "supports"),
+        ((Discount, CustomSampling), {}, "event"),
+    ],
+)
+def test_the_price_of_a_rule_of_ones_own_cannot_be_overridden(bases, body, named):
+    with pytest.raises(TypeError, match=rf"Cyclic\.{named} cannot be overridden"):
+        type("Cyclic", bases, body)
 
 
 def test_only_replace_one_prices_a_fixed_size():
