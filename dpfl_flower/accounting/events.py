@@ -88,7 +88,8 @@ class PoissonSampled(Event):
 class CappedPoissonSampled(Event):
     """A Gaussian release on a Poisson sample cut to a random subset of ``cap`` when it is larger.
 
-    ``population`` is an enforced upper bound on the number of units: the price depends on it.
+    ``population`` is an enforced upper bound on the number of units: the price depends on it. With
+    a rate of 1 a cap below it is a sample of fixed size, which is not this event.
     """
 
     population: int
@@ -99,6 +100,11 @@ class CappedPoissonSampled(Event):
     def __post_init__(self) -> None:
         positive_int(population=self.population, cap=self.cap)
         fraction(rate=self.rate)
+        if self.rate == 1 and self.cap < self.population:
+            raise ValueError(
+                f"rate={self.rate!r} must be < 1 with a cap of {self.cap!r} < population = "
+                f"{self.population!r}: that is a sample of fixed size"
+            )
         non_negative(noise_multiplier=self.noise_multiplier)
         object.__setattr__(self, "rate", float(self.rate))
         object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))

@@ -175,6 +175,7 @@ class CappedPoissonSampling(Sampling):
         self._expected_cohort = float(expected_cohort)
         self._population = int(population)
         self._cap = int(cap)
+        self.event(Gaussian(1.0))  # raises where rounding makes the rate 1 though a cap binds
 
     def __repr__(self) -> str:
         return f"CappedPoissonSampling({self._expected_cohort:g}, {self._population}, {self._cap})"

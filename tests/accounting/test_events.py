@@ -19,12 +19,13 @@ from dpfl_flower.accounting.events import count_events
 
 noise = st.floats(0, 1e6)
 rates = st.floats(0, 1, exclude_min=True)
+below_one = st.floats(0, 1, exclude_min=True, exclude_max=True)
 gaussians = st.builds(Gaussian, noise)
 elementary = (
     gaussians
     | st.builds(Laplace, noise)
     | st.builds(PoissonSampled, rates, gaussians)
-    | st.builds(CappedPoissonSampled, st.integers(1, 99), rates, st.integers(1, 99), noise)
+    | st.builds(CappedPoissonSampled, st.integers(1, 99), below_one, st.integers(1, 99), noise)
     | st.builds(FixedSizeSampled, st.integers(50, 99), st.integers(1, 50), gaussians)
 )
 events = st.recursive(elementary, lambda inner: st.builds(Composed, inner, st.integers(1, 9)))
@@ -92,6 +93,7 @@ def test_json_that_is_no_list_of_events_is_refused(text):
         (lambda: FixedSizeSampled(10, 11, Gaussian(1.0)), "cohort=11"),
         (lambda: FixedSizeSampled(10, 5, Laplace(1.0)), "must be a Gaussian"),
         (lambda: CappedPoissonSampled(10, 0.5, 0, 1.0), "cap=0"),
+        (lambda: CappedPoissonSampled(10, 1.0, 8, 1.0), "rate=1.0 must be < 1 with a cap of 8"),
         (lambda: CappedPoissonSampled(10, 0.5, 8, -1.0), "noise_multiplier=-1.0"),
         (lambda: Composed(Gaussian(1.0), 0), "count=0"),
         (lambda: Composed("gaussian", 2), "event='gaussian'"),

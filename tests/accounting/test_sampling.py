@@ -177,6 +177,7 @@ def test_cohorts_are_bounded_where_the_rule_bounds_them():
         (lambda: PoissonSampling(0, 10), "expected_cohort=0"),
         (lambda: PoissonSampling(5, 0), "population=0"),
         (lambda: CappedPoissonSampling(5, 10, 4), "cap=4 must be >= expected_cohort"),
+        (lambda: CappedPoissonSampling(2**60 - 1, 2**60, 2**60 - 1), "rate=1.0 must be < 1"),
         (lambda: CappedPoissonSampling(11, 10, 12), "expected_cohort=11"),
         (lambda: FixedSizeSampling(11, 10), "cohort=11"),
         (lambda: FixedSizeSampling(2.5, 10), "cohort=2.5"),
