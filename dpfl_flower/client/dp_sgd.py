@@ -191,7 +191,12 @@ class DPSGDClient(NumPyClient):
                     delta=ledger.delta,
                     relation=ledger.relation,
                 )
-            self._policy.check(noise_multiplier=charged, epsilon=spent_after)
+            self._policy.check(
+                noise_multiplier=charged,
+                epsilon=spent_after,
+                delta=ledger.delta,
+                durable=ledger.durable,
+            )
             ledger.plan(run, step, config.planned_steps, max_charge=config.steps_per_round)
             ledger.charge(run, config.steps_per_round)
             return claim(ledger)

@@ -1,9 +1,9 @@
 """What a node agrees to, whatever the app it was sent asks for.
 
 Whoever runs a node writes it into the node's config, for example
-``flower-supernode --node-config "min-noise-multiplier=0.8 max-epsilon=3.0"``.
+``flower-supernode --node-config "max-epsilon=3.0 max-delta=1e-5 ledger-path='/srv/ledger.jsonl'"``.
 
->>> policy = NodePolicy.from_node_config({"min-noise-multiplier": 0.8, "max-epsilon": 3})
+>>> policy = NodePolicy.from_node_config({"min-noise-multiplier": 0.8})
 >>> policy.check(noise_multiplier=0.5, epsilon=1.0)
 Traceback (most recent call last):
     ...
@@ -28,33 +28,61 @@ class NodePolicy:
         The node refuses to train with less noise.
     max_epsilon : float, optional
         The node refuses a round after which its data set would have spent more, over all runs in
-        its ledger, at the delta and under the relation of that ledger.
+        its ledger, at the delta and under the relation of that ledger; and every round without a
+        durable ledger, which would start from zero in each run.
+    max_delta : float, optional
+        The largest delta of a ledger at which ``max_epsilon`` means anything to the node: the two
+        are given together.
 
     Raises
     ------
     ValueError
-        If a bound is not a finite number, the noise >= 0 and the epsilon > 0.
+        If a bound is not a finite number, the noise >= 0, the epsilon > 0 and the delta between 0
+        and 1; if only one of ``max_epsilon`` and ``max_delta`` is given.
     """
 
     min_noise_multiplier: float | None = None
     max_epsilon: float | None = None
+    max_delta: float | None = None
 
     def __post_init__(self) -> None:
         if self.min_noise_multiplier is not None:
             checks.non_negative(min_noise_multiplier=self.min_noise_multiplier)
         if self.max_epsilon is not None:
             checks.positive(max_epsilon=self.max_epsilon)
+        if self.max_delta is not None:
+            checks.probability(max_delta=self.max_delta)
+        if (self.max_epsilon is None) != (self.max_delta is None):
+            raise ValueError(
+                f"{records.MAX_EPSILON}={self.max_epsilon!r} and "
+                f"{records.MAX_DELTA}={self.max_delta!r} must be given together: an epsilon bounds "
+                "nothing at a delta that the app chooses"
+            )
 
     @classmethod
     def from_node_config(cls, node_config: Mapping[str, object]) -> Self:
-        """Read ``min-noise-multiplier`` and ``max-epsilon``; a missing key is no bound."""
+        """Read ``min-noise-multiplier``, ``max-epsilon`` and ``max-delta``.
+
+        A missing key is no bound; the last two are given together.
+        """
         return cls(
             min_noise_multiplier=_number(node_config, records.MIN_NOISE_MULTIPLIER),
             max_epsilon=_number(node_config, records.MAX_EPSILON),
+            max_delta=_number(node_config, records.MAX_DELTA),
         )
 
-    def check(self, *, noise_multiplier: float, epsilon: float) -> None:
+    def check(
+        self,
+        *,
+        noise_multiplier: float,
+        epsilon: float,
+        delta: float = 1.0,
+        durable: bool = False,
+    ) -> None:
         """Raise unless this node trains with ``noise_multiplier``, up to ``epsilon`` in all.
+
+        ``delta`` and ``durable`` are those of the ledger that the epsilon was read from; without
+        them nothing is within ``max_epsilon``.
 
         Raises
         ------
@@ -65,7 +93,16 @@ class NodePolicy:
         if least is not None and not noise_multiplier >= least:
             raise _refused(f"noise_multiplier={noise_multiplier!r} must be >= {least!r}")
         most = self.max_epsilon
-        if most is not None and not epsilon <= most:
+        if most is None or self.max_delta is None:
+            return
+        if not durable:
+            raise _refused(
+                f"{records.MAX_EPSILON}={most!r} needs a ledger that outlives the run: set "
+                f"{records.LEDGER_PATH}"
+            )
+        if not delta <= self.max_delta:
+            raise _refused(f"delta={delta!r} must be <= {self.max_delta!r}")
+        if not epsilon <= most:
             raise _refused(f"epsilon={epsilon!r} must be <= {most!r}")
 
 

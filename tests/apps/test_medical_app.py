@@ -131,7 +131,13 @@ def test_a_second_run_on_the_same_patients_is_refused(config: Config) -> None:
 
 def test_a_hospital_trains_within_its_own_policy_only(config: Config) -> None:
     report = run(
-        config, node_configs=[{}, {"max-epsilon": 0.6}, {}, {"min-noise-multiplier": 99.0}]
+        config,
+        node_configs=[
+            {},
+            {"max-epsilon": 0.6, "max-delta": 1e-4},
+            {},
+            {"min-noise-multiplier": 99.0},
+        ],
     )
     spent = {hospital.dataset.split("/")[1]: hospital.epsilon for hospital in report.hospitals}
     assert set(spent) == {"Cleveland", "Hungary", "Switzerland"}

@@ -454,12 +454,19 @@ def test_a_node_does_not_train_below_its_own_policy(tmp_path):
 
     assert code_of(client(min_noise_multiplier=4.1)) is NodeErrorCode.POLICY_REFUSED
     one_round(client(min_noise_multiplier=4.0))
+    assert code_of(client(max_epsilon=1.8, max_delta=9e-6)) is NodeErrorCode.POLICY_REFUSED
     for _ in range(2):
-        one_round(client(max_epsilon=1.8))
+        one_round(client(max_epsilon=1.8, max_delta=1e-5))
     spent = client()
-    assert code_of(client(max_epsilon=1.8)) is NodeErrorCode.POLICY_REFUSED
+    assert code_of(client(max_epsilon=1.8, max_delta=1e-5)) is NodeErrorCode.POLICY_REFUSED
     one_round(spent)
     assert spent.privacy_claim()["epsilon"] > 1.8
+
+
+def test_a_policy_about_all_runs_needs_a_ledger_that_outlives_them():
+    policy = NodePolicy(max_epsilon=1e6, max_delta=0.5)
+    client = client_for(nn.Linear(3, 1), regression(), configured(), policy=policy)
+    assert code_of(client) is NodeErrorCode.POLICY_REFUSED
 
 
 def test_noise_from_a_seed_is_charged_as_none(tmp_path):
