@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dpfl_flower.client._opacus import AbstractGradSampleModule, ModuleValidator
@@ -150,20 +151,60 @@ def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) 
         if any(bool((slope[1:] != 0).any()) for slope in slopes if slope is not None):
             raise ModelRefused("the loss of one record depends on another record's input")
     # By value, without dropout: catches integers and statistics taken without gradients.
-    model.eval()
-    try:
-        with torch.no_grad():
-            together = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
-            alone = torch.cat(
-                [
-                    per_example_losses(model(*(t[i : i + 1] for t in batch[:-1])), y, loss_fn)
-                    for i, y in enumerate(torch.split(batch[-1], 1))
-                ]
-            )
-    finally:
-        model.train()
-    if not torch.allclose(together, alone, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+    with torch.no_grad():
+        model.eval()
+        try:
+            _require_same_alone(model, loss_fn, batch)
+        finally:
+            model.train()
+        with _without_dropout(model):
+            if _close(*(_drawn(model, loss_fn, batch, seed=seed) for seed in (0, 1))):
+                _require_same_alone(model, loss_fn, batch)
+            else:
+                _require_same_beside_others(model, loss_fn, batch)
+
+
+def _require_same_alone(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
+    together = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
+    alone = torch.cat(
+        [
+            per_example_losses(model(*(t[i : i + 1] for t in batch[:-1])), y, loss_fn)
+            for i, y in enumerate(torch.split(batch[-1], 1))
+        ]
+    )
+    if not _close(together, alone):
         raise ModelRefused("the loss of a record is not the same alone and in a batch")
+
+
+def _require_same_beside_others(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
+    # For a model that draws in its forward pass: a batch of the same shape gets the same draws.
+    others = [torch.cat([t[:1], 2 * t[1:] + 1]) if t.is_floating_point() else t for t in batch[:-1]]
+    before, after = (
+        _drawn(model, loss_fn, inputs, seed=0) for inputs in (batch, [*others, batch[-1]])
+    )
+    if not _close(before[0], after[0]):
+        raise ModelRefused("the loss of one record depends on another record's input")
+
+
+def _drawn(model: nn.Module, loss_fn: LossFunction, batch: Batch, *, seed: int) -> Tensor:
+    torch.manual_seed(seed)  # of a fork of torch's state: see require_separable
+    return per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    layers = [(m, m.p) for m in model.modules() if isinstance(m, _DropoutNd)]
+    try:
+        for layer, _ in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, p in layers:
+            layer.p = p
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
 
 
 def _require_true_gradients(

@@ -98,6 +98,43 @@ def test_a_model_whose_records_meet_is_refused(mode, of):
         require_separable(head(Adds(of)), CROSS_ENTROPY, ONE, mode=mode)
 
 
+class AddsInTraining(Adds):
+    """Adds nothing in evaluation, and may draw besides."""
+
+    def __init__(self, of, *, draws):
+        super().__init__(of)
+        self.draws = draws
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        x = super().forward(x)
+        return nn.functional.dropout(x, 0.2) if self.draws else x
+
+
+@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("of", [lambda x: -x.detach().mean(0), lambda x: x.detach().max()])
+def test_records_that_meet_without_gradients_in_training_only_are_found(of, draws):
+    layer = AddsInTraining(of, draws=draws)
+    for model in (head(layer), head(nn.Dropout(0.5), layer)):
+        with pytest.raises(ModelRefused, match="record"):
+            require_separable(model, CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
+        assert all(m.p == 0.5 for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_a_batch_that_is_counted_in_training_only_is_found():
+    model = head(AddsInTraining(lambda x: torch.tensor(float(len(x))), draws=False))
+    with pytest.raises(ModelRefused, match="alone"):
+        require_separable(model, CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
+
+
+@pytest.mark.parametrize("mode", list(GradSampleMode))
+def test_a_model_that_draws_in_its_own_way_passes(mode):
+    model = head(AddsInTraining(torch.zeros_like, draws=True), nn.Dropout(0.5))
+    require_separable(model, CROSS_ENTROPY, ONE, mode=mode)
+    assert model.training and model[2].p == 0.5
+
+
 def test_a_loss_whose_records_meet_is_refused():
     def loss_fn(outputs, targets):
         return CROSS_ENTROPY(outputs - outputs.mean(0), targets)
