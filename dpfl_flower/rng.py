@@ -134,10 +134,9 @@ class RandomSource(ABC):
 
         Each is ``Phi^-1`` of one of 2^53 equally likely points, symmetric about 1/2, the largest
         8.29. Floating-point draws leave traces in their low bits (Mironov, "On significance of
-        the least significant bits for differential privacy", CCS 2012), so they are acceptable
-        only where no single draw is released: inside the local steps of DP-SGD, whose outcome
-        leaves after many steps. Whatever is released one by one takes integers from
-        :mod:`dpfl_flower.noise`.
+        the least significant bits for differential privacy", CCS 2012), so no sum may leave with
+        the low bits of a draw in it: DP-SGD rounds its noisy sums to a grid of 2^-14 standard
+        deviations. Whatever can be an integer sum takes integers from :mod:`dpfl_flower.noise`.
         """
         checks.non_negative_int(n=n)
         draws = np.empty(n, dtype=np.float64)

@@ -20,7 +20,7 @@ False
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+_GRID: Final = 2.0**-14  # of the noise's standard deviation
+
 __all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
 
 
@@ -59,9 +61,11 @@ class DPSGDClient(NumPyClient):
     about a node's records is not private.
 
     Coins and noise come from `dpfl_flower.rng`, which no seed of torch, numpy or random moves. The
-    noise is floating-point, which is good enough only because local steps are not released one by
-    one: what leaves is the model after all of them. It is added in float64, of which a float32
-    parameter keeps the leading half.
+    noise is drawn in floating point and added in float64; the noisy sum is then rounded to a public
+    grid of 2^-14 standard deviations. What leaves is a function of the rounded sums and public
+    constants, also where an answer is one step: the low bits of a draw, which could give away what
+    was added to it, are gone. That is all the rounding does: the draw stays a floating-point
+    approximation of a Gaussian, unlike the exact integers of `dpfl_flower.noise`.
 
     Parameters
     ----------
@@ -249,8 +253,10 @@ class DPSGDClient(NumPyClient):
             return list(total)
         noise = torch.from_numpy(self._rng.gaussian(sum(t.numel() for t in total)) * stddev)
         parts = torch.split(noise, [tensor.numel() for tensor in total])
+        grid = stddev * _GRID
         return [
-            tensor.double() + part.to(tensor.device).reshape(tensor.shape)
+            torch.round((tensor.double() + part.to(tensor.device).reshape(tensor.shape)) / grid)
+            * grid
             for tensor, part in zip(total, parts, strict=True)
         ]
 
