@@ -1,5 +1,6 @@
 """Metrics that clients compute on their own data: dropped, or let through under their true name."""
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import StrEnum
 
@@ -8,6 +9,8 @@ from flwr.app import Message, MetricRecord, RecordDict
 from dpfl_flower import checks, records
 from dpfl_flower.rng import secure
 from dpfl_strategies.replies import accepted
+
+log = logging.getLogger("flwr.dpfl")
 
 NOT_PRIVATE_PREFIX = "not_private/"
 
@@ -32,14 +35,23 @@ def weighted_mean(contents: Sequence[RecordDict], weighted_by: str) -> MetricRec
     weights: dict[str, float] = {}
     for content in contents:
         for record in content.metric_records.values():
-            weight = record.get(weighted_by, 1)
-            if not isinstance(weight, int | float) or weight <= 0:
+            weight = _number(record.get(weighted_by, 1))
+            if weight is None or weight <= 0:
                 continue
-            for name, value in record.items():
-                if name != weighted_by and isinstance(value, int | float):
+            for name, metric in record.items():
+                value = _number(metric)
+                if name != weighted_by and value is not None:
                     totals[name] = totals.get(name, 0.0) + weight * value
                     weights[name] = weights.get(name, 0.0) + weight
     return MetricRecord({name: totals[name] / weights[name] for name in totals})
+
+
+def _number(value: object) -> float | None:
+    """Return a metric as a float, None where it is no number or larger than a float holds."""
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 class MetricsGate:
@@ -104,5 +116,9 @@ class MetricsGate:
     ) -> MetricRecord | None:
         if not self.open or not contents:
             return None
-        merged = aggregate(list(contents), records.NUM_EXAMPLES)
+        try:
+            merged = aggregate(list(contents), records.NUM_EXAMPLES)
+        except Exception as failed:  # what one node reports must not end the run
+            log.warning("Client metrics could not be combined (%s)", type(failed).__name__)
+            return None
         return MetricRecord({NOT_PRIVATE_PREFIX + name: value for name, value in merged.items()})

@@ -83,7 +83,6 @@ class ChargeBeforeRelease(StrategySubject):
             self._run(tmp_path, rounds + 1)
         assert releases(tmp_path) == before, "a model left after the ledger was damaged"
 
-    @pytest.mark.xfail(strict=True, reason="the first checkpoint does not remember the ledger")
     def test_a_copy_from_before_a_run_began_is_refused_before_its_first_release(self, tmp_path):
         ledger = tmp_path / "run" / "ledger.jsonl"
         sidecar = ledger.with_name(ledger.name + ".head")
