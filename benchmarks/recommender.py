@@ -1,0 +1,97 @@
+"""The recommender over several splits: ``python -m benchmarks.recommender``.
+
+The bars: RMSE of at most 0.955 at epsilon 8 and 0.97 at epsilon 4, delta 1e-5, unit = user, the
+mean of 5 seeds. The app's own client and server code run in this process; each seed holds out other
+ratings, and each run draws fresh noise.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from apps.recommender.recommender.client_app import app
+from apps.recommender.recommender.report import Report
+from apps.recommender.recommender.server_app import train
+from apps.recommender.recommender.task import Settings
+from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.simulation import InProcessGrid
+
+BARS = {4.0: 0.97, 8.0: 0.955}
+PYPROJECT = Path(__file__).parents[1] / "apps" / "recommender" / "pyproject.toml"
+
+
+def run(epsilon: float, split_seed: int, run_dir: Path) -> Report:
+    """Train once, as the app is configured but for the budget, and return its report."""
+    config = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
+    config |= {"run-dir": str(run_dir), "split-seed": split_seed, "target-epsilon": epsilon}
+    config |= {"sample-user": ""}
+    settings = Settings.parse(config)
+    grid = InProcessGrid(app, num_supernodes=settings.num_nodes, run_config=config)
+    with grid:
+        return train(grid, settings, run_id=grid.run.run_id)
+
+
+def table(reports: Mapping[float, Sequence[Report]]) -> str:
+    """Return the reports as a markdown table, a row for each seed and one for the means.
+
+    ``reports`` holds one report for each seed, in the same order, by budget.
+    """
+    header = ["split seed", *(f"epsilon {epsilon:g}" for epsilon in reports)]
+    header += ["nobody shares anything", "two biases, no privacy", "this model, no privacy"]
+    rows = []
+    for same_seed in zip(*reports.values(), strict=True):
+        reference = same_seed[0].not_private_reference
+        references = (
+            [None] * 3
+            if reference is None
+            else [reference.alone, reference.two_biases, reference.together]
+        )
+        rows.append([*(report.not_private_rmse for report in same_seed), *references])
+    seeds = [str(report.split_seed) for report in next(iter(reports.values()))]
+    lines = [header, ["---"] * len(header)]
+    lines += [
+        [seed, *(_stars([value]) for value in row)] for seed, row in zip(seeds, rows, strict=True)
+    ]
+    lines.append(["**mean**", *(f"**{_stars(column)}**" for column in zip(*rows, strict=True))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean(reports: Sequence[Report]) -> float:
+    """Return the mean RMSE of runs that all have one."""
+    return statistics.fmean(r.not_private_rmse for r in reports if r.not_private_rmse is not None)
+
+
+def main() -> None:
+    """Print the table, what was spent, and the means beside their bars."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recommender", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="split seeds 1 to this")
+    seeds = range(1, parser.parse_args().seeds + 1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    reports = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for epsilon in BARS:
+            reports[epsilon] = [
+                run(epsilon, seed, Path(folder) / f"{epsilon:g}-{seed}") for seed in seeds
+            ]
+    first = reports[8.0][0]
+    print(
+        f"RMSE on held-out ratings, in stars (NOT PRIVATE); unit: one {first.unit}, "
+        f"{first.relation}, delta {first.delta:g}, {first.rounds} rounds\n"
+    )
+    print(f"{table(reports)}\n")
+    for epsilon, bar in BARS.items():
+        spent = rounded_up(max(report.epsilon for report in reports[epsilon]))
+        print(f"epsilon {epsilon:g}, spent {spent}: RMSE {mean(reports[epsilon]):.4f} bar {bar}")
+
+
+def _stars(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.3f}" if known else "n/a"
+
+
+if __name__ == "__main__":
+    main()
