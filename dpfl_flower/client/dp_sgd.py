@@ -19,6 +19,8 @@
 False
 """
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Final, cast
 
@@ -33,7 +35,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
-from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger, claim
 from dpfl_flower.client.per_example import LossFunction, PerExampleClipper, per_example_clipper
 from dpfl_flower.client.policy import NodePolicy
@@ -41,6 +43,8 @@ from dpfl_flower.client.separable import require_separable, require_trainable, u
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+logger = logging.getLogger(NODE_LOGGER)
 
 _GRID: Final = 2.0**-14  # of the noise's standard deviation
 
@@ -55,6 +59,9 @@ class DPSGDClient(NumPyClient):
     ``expected_batch_size`` and takes one step of ``optimizer``. All steps of a round are charged to
     the node's ledger before the first one; a round that fails afterwards stays charged. What the
     server sends beside the arrays is not read.
+
+    A record that cannot be read or trained on contributes zeros, as if it were absent: an answer
+    that failed would tell the server that the record is there. The node's own log says why.
 
     An answer holds the model's arrays and the public ``weight``, and no metric: a training loss
     would be the one un-noised number in it. ``evaluate`` is left to subclasses: what it returns
@@ -171,11 +178,17 @@ class DPSGDClient(NumPyClient):
                 tensor.copy_(torch.tensor(array))
 
     def _check_model(self) -> None:
-        if self._separable or not len(cast(Sized, self._dataset)):
+        if self._separable or (example := self._example()) is None:
             return
-        example = [tensor.to(self._device) for tensor in self._gather([0])]
         require_separable(self._model, self._loss_fn, example, mode=self._config.grad_sample_mode)
         self._separable = True
+
+    def _example(self) -> Sequence[Tensor] | None:
+        # The first record that can be read, for its shapes and dtypes.
+        for index in range(len(cast(Sized, self._dataset))):
+            with contextlib.suppress(Exception):  # logged when it is trained on
+                return [tensor.to(self._device) for tensor in self._gather([index])]
+        return None
 
     def _charge(self, noise_multiplier: float) -> ConfigRecord:
         config, run = self._config, self._ledger.run
@@ -230,9 +243,22 @@ class DPSGDClient(NumPyClient):
     def _clipped_sum(self, clipper: PerExampleClipper) -> list[Tensor]:
         total = clipper.zeros()
         for indices in self._sample():
-            batch = [tensor.to(self._device) for tensor in self._gather(indices)]
-            for so_far, part in zip(total, clipper.clipped_sum(batch), strict=True):
-                so_far.add_(part)
+            _add(total, self._sum_of(clipper, indices))
+        return total
+
+    def _sum_of(self, clipper: PerExampleClipper, indices: Sequence[int]) -> list[Tensor]:
+        # One record that raises must not be seen from outside: it alone counts as zeros.
+        try:
+            return clipper.clipped_sum([t.to(self._device) for t in self._gather(indices)])
+        except NodeError:
+            raise
+        except Exception as error:
+            if len(indices) == 1:
+                logger.warning("A record counts as zeros: it cannot be trained on", exc_info=error)
+                return clipper.zeros()
+        total = clipper.zeros()
+        for index in indices:
+            _add(total, self._sum_of(clipper, [index]))
         return total
 
     def _sample(self) -> Iterator[Sequence[int]]:
@@ -259,6 +285,11 @@ class DPSGDClient(NumPyClient):
             * grid
             for tensor, part in zip(total, parts, strict=True)
         ]
+
+
+def _add(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
+    for so_far, more in zip(total, part, strict=True):
+        so_far.add_(more)
 
 
 def _to_numpy(tensor: Tensor) -> Any:

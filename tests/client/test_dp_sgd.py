@@ -579,9 +579,9 @@ class Leaks(Dataset):
 
 
 def test_no_record_and_no_count_is_in_what_leaves(caplog):
-    with caplog.at_level(logging.ERROR, NODE_LOGGER):
+    with caplog.at_level(logging.WARNING, NODE_LOGGER):
         reply = app_for(data=Leaks())(message("train", request()), context())
-    assert reply.error.code == NodeErrorCode.CLIENT_FAILED
+    assert not reply.has_error()  # which would tell that the record is there
     leaving = all_bytes(reply)
     assert SECRET.encode() not in leaving and b"4711" not in leaving
     assert SECRET in caplog.text  # on the node, where it helps
@@ -668,7 +668,7 @@ def test_hooks_are_gone_after_each_round_and_after_an_exception(mode):
 
     def loss_fn(outputs, targets):
         if fails:
-            raise RuntimeError
+            raise KeyboardInterrupt  # any Exception would make a record count as zeros
         return column(outputs, targets)
 
     config = configured(grad_sample_mode=mode, steps_per_round=2)
@@ -677,7 +677,7 @@ def test_hooks_are_gone_after_each_round_and_after_an_exception(mode):
         one_round(client)
         assert hooks_on(model) == 0
     fails.append(True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyboardInterrupt):
         one_round(client)
     assert hooks_on(model) == 0
     fails.clear()

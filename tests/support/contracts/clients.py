@@ -144,8 +144,10 @@ class ClientIsolation(ClientSubject):
             own = [r for r in caplog.records if r.name == NODE_LOGGER]
             assert WORD in "".join(logged(r) for r in own), "the node's own log says why"
 
-    @pytest.mark.parametrize("position", [0, 2])
-    @pytest.mark.parametrize("place", ["item", "index", "shape"])
+    @pytest.mark.parametrize(
+        ("place", "position"),
+        [("item", 2), ("index", 2), ("shape", 2), ("item", 0), ("index", 0)],
+    )
     def test_a_record_that_cannot_be_read_counts_as_zeros(self, place, position):
         training = Training(features=3, noise_multiplier=0.0)
         moved = self.moved(self.app(training, WithSentinel(place, position)), training)
