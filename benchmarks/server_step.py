@@ -2,8 +2,9 @@
 
 Theirs: Flower's ``DifferentialPrivacyServerSideFixedClipping`` around ``FedAvg``, its real
 ``aggregate_train`` on real messages. Ours, on the same messages: read the arrays, subtract the
-global model, clip, dither, round to integers, check the bound in integers, sum exactly, add the
-rounded Gaussian, convert to a float mean. One thread, taking turns.
+global model, clip, round to integers, check the bound in integers, sum exactly, add the rounded
+Gaussian, convert to a float mean. A cohort of 50 is rounded to the nearest integer; the public
+dither of large cohorts is timed beside it. One thread, taking turns.
 
 Run it with ``python -m benchmarks.server_step``.
 """
@@ -71,12 +72,13 @@ def flower_step(model: Vector, messages: list[Message]) -> ArrayRecord | None:
     return strategy.aggregate_train(1, copies)[0]
 
 
-def our_step(model: Vector, messages: list[Message]) -> NDArray[np.float64]:
+def our_step(
+    model: Vector, messages: list[Message], *, rounding: Rounding = Rounding.DITHERED
+) -> NDArray[np.float64]:
     """Read, bound, sum, noise and convert."""
-    grid = IntegerGrid.for_noise_multiplier(
-        NOISE_MULTIPLIER, model.size, rounding=Rounding.DITHERED
-    )
-    bounded = BoundedSum(grid, clip_norm=CLIP_NORM, dither_seed=secure().random_bytes(16))
+    grid = IntegerGrid.for_noise_multiplier(NOISE_MULTIPLIER, model.size, rounding=rounding)
+    seed = secure().random_bytes(16) if rounding is Rounding.DITHERED else None
+    bounded = BoundedSum(grid, clip_norm=CLIP_NORM, dither_seed=seed)
     for message in messages:
         record = message.content.array_records[records.ARRAYS]
         bounded.add([read_array(array) for array in record.values()], [model])
@@ -114,7 +116,8 @@ def main() -> None:
     ]
     timings = compare.compare(
         {
-            "dpfl-flower": lambda: our_step(model, messages),
+            "dpfl-flower, dithered": lambda: our_step(model, messages),
+            "dpfl-flower, nearest": lambda: our_step(model, messages, rounding=Rounding.NEAREST),
             "Flower": lambda: flower_step(model, messages),
         },
         repeats=15,
@@ -124,7 +127,7 @@ def main() -> None:
     print()
     compare.report(
         timings,
-        ours="dpfl-flower",
+        ours="dpfl-flower, nearest",
         theirs="Flower",
         bar=BAR,
         title=f"server step, CPU time, {UPDATES} x {DIMENSION:,} parameters, noise included",

@@ -61,6 +61,12 @@ def test_bytes_that_are_no_array_are_refused(data):
         read_array(Array("float64", (100,), "numpy.ndarray", data))
 
 
+def test_a_header_longer_than_any_honest_one_is_refused():
+    huge = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b" " * 64
+    with pytest.raises(ValueError, match="header of"):
+        read_array(Array("float64", (100,), "numpy.ndarray", huge))
+
+
 def test_an_unknown_version_and_an_unknown_serialization_are_refused():
     good = serialized(np.arange(4.0)).data
     with pytest.raises(ValueError, match="version="):

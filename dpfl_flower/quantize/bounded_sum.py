@@ -83,8 +83,9 @@ class BoundedSum:
     @property
     def total(self) -> NDArray[np.int64]:
         """The sum so far, a new array of length ``grid.width``; the indicator's sum comes last."""
-        self._flush()
-        return self._total.copy()
+        total = self._total.copy()
+        self._add_pending(total)
+        return total
 
     def contribution(
         self,
@@ -258,13 +259,16 @@ class BoundedSum:
             self._pending = [vector[where] for where in kernels.blocks(vector.size)]
         return self._pending
 
+    def _add_pending(self, total: NDArray[np.int64]) -> None:
+        if self._pending_units:
+            where = kernels.blocks(self._grid.dimension)
+            for place, block in zip(where, self._pending, strict=True):
+                total[place] += block.astype(np.int64)
+
     def _flush(self) -> None:
-        if self._pending_units and self._pending:
-            for where, block in zip(
-                kernels.blocks(self._grid.dimension), self._pending, strict=True
-            ):
-                self._total[where] += block.astype(np.int64)
-                block.fill(0)
+        self._add_pending(self._total)
+        for block in self._pending:
+            block.fill(0)
         self._pending_units = 0
 
 
