@@ -14,6 +14,7 @@ from apps.recommender.recommender import server_app
 from apps.recommender.recommender.catalogue import FILE as CATALOGUE_FILE
 from apps.recommender.recommender.client_app import app
 from apps.recommender.recommender.data import FILE as RATINGS_FILE
+from apps.recommender.recommender.evaluation import HELD_OUT
 from apps.recommender.recommender.report import RESULT, Report
 from apps.recommender.recommender.server_app import train
 from apps.recommender.recommender.shop import SAMPLE, Shop, sample
@@ -188,7 +189,7 @@ def test_films_are_shown_at_the_users_node_and_nothing_is_sent(
 ) -> None:
     here = {"data-path": str(write(SHOPPERS))}
     replies = [
-        ask(config | {"sample-user": user}, here, MessageType.QUERY) for user in ("7", "999")
+        ask(config | {"sample-user": user}, here, f"query.{SHOW_FILMS}") for user in ("7", "999")
     ]
     shown = capsys.readouterr().out
     assert "For user 7 only, from this user's own ratings" in shown
@@ -221,7 +222,7 @@ def test_a_bad_file_stops_its_node_and_tells_the_server_nothing(
     folder = write(["1"])
     with (folder / RATINGS_FILE).open("a") as file:
         file.write("sentinel-4711\t1\t9\t0\n")
-    reply = ask(config, {"data-path": str(folder)}, MessageType.EVALUATE)
+    reply = ask(config, {"data-path": str(folder)}, f"query.{HELD_OUT}")
     assert reply.error.code == NodeErrorCode.CLIENT_FAILED
     assert "sentinel" not in str(reply.error)
     assert "column 'rating'" in caplog.text

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from apps.smart_city.smart_city import server_app
 from apps.smart_city.smart_city.client_app import app
 from apps.smart_city.smart_city.district import FILE, SAMPLE, District, sample_counts
-from apps.smart_city.smart_city.evaluation import HeldOutAnswer
+from apps.smart_city.smart_city.evaluation import HELD_OUT, HeldOutAnswer
 from apps.smart_city.smart_city.reference import Reference
 from apps.smart_city.smart_city.report import RESULT, Report
 from apps.smart_city.smart_city.server_app import FIGURE, train
@@ -190,7 +190,7 @@ def test_removing_a_fortnight_moves_the_nodes_sum_by_its_part_only(
 
 def test_a_node_that_shares_nothing_answers_neither_errors_nor_a_week(config: Config) -> None:
     alone: NodeConfig = {"share-held-out": False}
-    for kind in (MessageType.EVALUATE, MessageType.QUERY):
+    for kind in (f"query.{HELD_OUT}", f"query.{SENSOR_WEEK}"):
         assert ask(config, alone, kind).error.code == NodeErrorCode.NOT_IMPLEMENTED
 
 
@@ -199,7 +199,7 @@ def test_a_bad_file_stops_its_node_and_tells_the_server_nothing(
 ) -> None:
     path = tmp_path / "bad.csv"
     path.write_text("date,hour,Quay\n2023-01-02,6:00-6:59,sentinel-4711\n")
-    reply = ask(config, {"data-path": str(path)}, MessageType.EVALUATE)
+    reply = ask(config, {"data-path": str(path)}, f"query.{HELD_OUT}")
     assert reply.error.code == NodeErrorCode.CLIENT_FAILED
     assert "sentinel" not in str(reply.error)
     assert "column 'Quay', line 2" in caplog.text

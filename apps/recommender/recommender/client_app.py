@@ -16,7 +16,7 @@ from dpfl_flower.wire import read_array
 
 from .catalogue import Catalogue
 from .data import Split, UserRatings
-from .evaluation import HeldOutAnswer
+from .evaluation import HELD_OUT, SHOW_FILMS, HeldOutAnswer
 from .shop import NodeConfig, Shop
 from .task import BIAS, Recommendation, Settings, evaluate, local_update, new_model, recommend
 
@@ -38,7 +38,7 @@ def trained(
 app = user_cohort_app(cohort_fn)
 
 
-@app.evaluate()
+@app.query(HELD_OUT)
 def evaluate_held_out(message: Message, context: Context) -> Message:
     """Answer the squared errors on held-out ratings. NOT PRIVATE.
 
@@ -55,7 +55,7 @@ def evaluate_held_out(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
-@app.query()
+@app.query(SHOW_FILMS)
 def show_recommendations(message: Message, context: Context) -> Message:
     """Show films to the ``sample-user``, if it is one of this node's; the answer is empty.
 

@@ -7,6 +7,12 @@ from typing import Final
 
 from .task import SquaredErrors
 
+HELD_OUT: Final = "held_out"
+"""The query that asks a node for its `HeldOutAnswer`."""
+
+SHOW_FILMS: Final = "show_films"
+"""Asks a node to show films to its own user."""
+
 _TOTAL: Final = "not-private.squared-errors"
 _COUNT: Final = "not-private.held-out-ratings"
 _PACKAGED: Final = "packaged"

@@ -16,7 +16,7 @@ from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.quantize import Rounding
 from dpfl_strategies import DPFedAvg, FedAvgM, PrivateResult
 
-from .evaluation import HeldOutAnswer
+from .evaluation import HELD_OUT, SHOW_FILMS, HeldOutAnswer
 from .reference import Reference
 from .report import Report
 from .shop import sample
@@ -80,7 +80,7 @@ def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
         not_private_reference=reference(settings.split_seed) if packaged else None,
     )
     if settings.sample_user:
-        _ask(grid, model, MessageType.QUERY)
+        _ask(grid, model, SHOW_FILMS)
     log.info("Result: %s", report.save(settings.run_dir).absolute())
     return report
 
@@ -104,7 +104,7 @@ def strategy_of(settings: Settings) -> DPFedAvg:
 def evaluate(grid: Grid, model: ArrayRecord) -> list[HeldOutAnswer]:
     """Ask each node once for its errors on held-out ratings. NOT PRIVATE."""
     answers = []
-    for reply in _ask(grid, model, MessageType.EVALUATE):
+    for reply in _ask(grid, model, HELD_OUT):
         try:
             answers.append(HeldOutAnswer.from_metrics(reply.content[records.METRICS]))
         except (ValueError, KeyError, TypeError):
@@ -153,8 +153,9 @@ def _ledger_path(settings: Settings) -> Path:
     return settings.run_dir / "ledger.jsonl"
 
 
-def _ask(grid: Grid, model: ArrayRecord, kind: str) -> list[Message]:
+def _ask(grid: Grid, model: ArrayRecord, query: str) -> list[Message]:
     messages = [
-        Message(RecordDict({records.ARRAYS: model}), node, kind) for node in grid.get_node_ids()
+        Message(RecordDict({records.ARRAYS: model}), node, f"{MessageType.QUERY}.{query}")
+        for node in grid.get_node_ids()
     ]
     return list(grid.send_and_receive(messages, timeout=_EVALUATION_SECONDS))

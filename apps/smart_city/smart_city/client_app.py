@@ -15,7 +15,7 @@ from dpfl_flower.wire import read_array
 from .counts import hour_of
 from .data import HOURS
 from .district import District
-from .evaluation import HeldOutAnswer, SensorWeek
+from .evaluation import HELD_OUT, SENSOR_WEEK, HeldOutAnswer, SensorWeek
 from .features import FEATURES, Rows
 from .task import Settings, evaluate, forecast, loss, new_model, tensors
 
@@ -45,7 +45,7 @@ def cohort_fn(context: Context) -> UserCohort:
 app = user_cohort_app(cohort_fn)
 
 
-@app.evaluate()
+@app.query(HELD_OUT)
 def evaluate_held_out(message: Message, context: Context) -> Message:
     """Answer the absolute errors on held-out hours. NOT PRIVATE.
 
@@ -58,7 +58,7 @@ def evaluate_held_out(message: Message, context: Context) -> Message:
     return Message(reply, reply_to=message)
 
 
-@app.query()
+@app.query(SENSOR_WEEK)
 def week_of_a_sensor(message: Message, context: Context) -> Message:
     """Answer the week to draw, counted and forecast, if its sensor is here. NOT PRIVATE."""
     settings = Settings.parse(context.run_config)

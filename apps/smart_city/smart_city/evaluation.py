@@ -13,6 +13,12 @@ from dpfl_flower.wire import read_array
 
 from .task import AbsoluteErrors
 
+HELD_OUT: Final = "held_out"
+"""The query that asks a node for its `HeldOutAnswer`."""
+
+SENSOR_WEEK: Final = "sensor_week"
+"""Asks a node for the week to draw."""
+
 _TOTAL: Final = "not-private.absolute-errors"
 _COUNT: Final = "not-private.held-out-hours"
 _PACKAGED: Final = "packaged"

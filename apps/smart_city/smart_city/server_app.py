@@ -18,7 +18,7 @@ from dpfl_strategies import DPFedAvg, FedAdam, PrivateResult
 
 from .client_app import first_hour
 from .district import sample_counts
-from .evaluation import HeldOutAnswer, SensorWeek
+from .evaluation import HELD_OUT, SENSOR_WEEK, HeldOutAnswer, SensorWeek
 from .reference import Reference
 from .report import Report
 from .task import AbsoluteErrors, Settings, new_model
@@ -109,7 +109,7 @@ def strategy_of(settings: Settings) -> DPFedAvg:
 def evaluate(grid: Grid, model: ArrayRecord) -> list[HeldOutAnswer]:
     """Ask each node once for its errors on held-out hours. NOT PRIVATE."""
     answers = []
-    for reply in _ask(grid, model, MessageType.EVALUATE):
+    for reply in _ask(grid, model, HELD_OUT):
         try:
             answers.append(HeldOutAnswer.from_metrics(reply.content[records.METRICS]))
         except (ValueError, KeyError, TypeError):
@@ -127,7 +127,7 @@ def draw(grid: Grid, model: ArrayRecord, settings: Settings) -> str | None:
     except ImportError:
         log.warning("No figure: matplotlib is not installed (pip install matplotlib)")
         return None
-    for reply in _ask(grid, model, MessageType.QUERY):
+    for reply in _ask(grid, model, SENSOR_WEEK):
         try:
             week = SensorWeek.from_record(reply.content.array_records[records.ARRAYS])
             draw_week(
@@ -186,8 +186,9 @@ def _ledger_path(settings: Settings) -> Path:
     return settings.run_dir / "ledger.jsonl"
 
 
-def _ask(grid: Grid, model: ArrayRecord, kind: str) -> list[Message]:
+def _ask(grid: Grid, model: ArrayRecord, query: str) -> list[Message]:
     messages = [
-        Message(RecordDict({records.ARRAYS: model}), node, kind) for node in grid.get_node_ids()
+        Message(RecordDict({records.ARRAYS: model}), node, f"{MessageType.QUERY}.{query}")
+        for node in grid.get_node_ids()
     ]
     return list(grid.send_and_receive(messages, timeout=_EVALUATION_SECONDS))
