@@ -65,6 +65,10 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
         reply = ArrayRecord({records.SUM: Array(total)})
         return Message(RecordDict({records.INTEGER_SUM: reply}), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        raise NodeError(NodeErrorCode.NOT_IMPLEMENTED, "a cohort of users answers no metrics")
+
     return app
 
 

@@ -65,7 +65,7 @@ class Schedule:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each step, which records of the pool to take and what each counts.
 
-        The first is int64 of shape ``(slots * batch_size,)``; the second float32 of shape
+        The first is int64 of shape ``(slots * batch_size,)``; the second float64 of shape
         ``(slots, batch_size)``, the weights of a slot adding up to 1.
         """
         total = max(self.steps)
@@ -85,5 +85,5 @@ class Schedule:
             epochs = np.minimum(times // self._per_epoch, self._epochs - 1)
             starts = self._firsts * self._epochs + epochs * self._counts
             picks = self._orders[starts[..., None] + picks]
-        weights = np.where(real, np.float32(1) / sizes.astype(np.float32), np.float32(0))
+        weights = np.where(real, 1 / sizes, 0.0)
         return picks + self._firsts[:, None], weights

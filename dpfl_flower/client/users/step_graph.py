@@ -18,6 +18,7 @@ Three things would break that, and are avoided here or by whoever fills the stac
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, Final, final
 
 import torch
@@ -96,7 +97,9 @@ class StepGraph:
             torch.empty((slots, batch_size, *part.shape), dtype=part.dtype, device=device)
             for part in example
         ]
-        weights = torch.empty((slots, batch_size), dtype=torch.float32, device=device)
+        floating = [p.dtype for p in parameters.values() if p.is_floating_point()]
+        self._weights = reduce(torch.promote_types, floating, torch.float32)
+        weights = torch.empty((slots, batch_size), dtype=self._weights, device=device)
         graph = make_fx(gradients, tracing_mode="fake", _allow_non_fake_inputs=True)(
             stacked, kept, batch, weights
         )
@@ -121,9 +124,10 @@ class StepGraph:
             From :func:`aligned_empty`.
         batch : sequence of Tensor, each (slots, batch_size, ...)
             Contiguous.
-        weights : float32 Tensor, shape (slots, batch_size)
+        weights : floating Tensor, shape (slots, batch_size)
             Of each record in its slot's loss.
         """
+        weights = weights.to(self._weights)
         return list(self._graph(*parameters, *self._fixed, *batch, weights))
 
 
