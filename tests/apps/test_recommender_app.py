@@ -14,7 +14,7 @@ from apps.recommender.recommender import server_app
 from apps.recommender.recommender.catalogue import FILE as CATALOGUE_FILE
 from apps.recommender.recommender.client_app import app
 from apps.recommender.recommender.data import FILE as RATINGS_FILE
-from apps.recommender.recommender.evaluation import HELD_OUT
+from apps.recommender.recommender.evaluation import HELD_OUT, SHOW_FILMS
 from apps.recommender.recommender.report import RESULT, Report
 from apps.recommender.recommender.server_app import train
 from apps.recommender.recommender.shop import SAMPLE, Shop, sample

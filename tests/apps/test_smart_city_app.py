@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from apps.smart_city.smart_city import server_app
 from apps.smart_city.smart_city.client_app import app
 from apps.smart_city.smart_city.district import FILE, SAMPLE, District, sample_counts
-from apps.smart_city.smart_city.evaluation import HELD_OUT, HeldOutAnswer
+from apps.smart_city.smart_city.evaluation import HELD_OUT, SENSOR_WEEK, HeldOutAnswer
 from apps.smart_city.smart_city.reference import Reference
 from apps.smart_city.smart_city.report import RESULT, Report
 from apps.smart_city.smart_city.server_app import FIGURE, train
