@@ -14,6 +14,7 @@ from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.quantize.dither import PERIOD, dither
 
 SEED = b"public"
+LONG = PERIOD + 4_000  # more than one block
 HOSTILE = [0.0, 5e-324, 1e-300, 1e-45, 1e-23, 1e-8, 0.5, 1.0, 1e5, 1e30, 3e38, 1e155, 1.7e308]
 
 
@@ -165,10 +166,10 @@ def test_a_unit_moves_the_sum_by_its_contribution_which_is_within_the_bound(
 
 
 def test_the_order_of_the_units_does_not_matter():
-    grid = make_grid(70_000, rounding="dithered")
+    grid = make_grid(LONG, rounding="dithered")
     rng = np.random.default_rng(0)
     cohort = [
-        (rng.standard_normal(70_000).astype(dtype) * 10.0**size, weight)
+        (rng.standard_normal(LONG).astype(dtype) * 10.0**size, weight)
         for dtype, size, weight in itertools.product(
             [np.float32, np.float64], [-6, -3, 0, 3], [0.3, 1.0]
         )
@@ -216,7 +217,7 @@ def test_adding_goes_on_after_the_total_was_read():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, torch.bfloat16])
-@pytest.mark.parametrize("dimension", [3, 70_000])
+@pytest.mark.parametrize("dimension", [3, LONG])
 def test_nan_or_infinity_anywhere_contributes_zeros(bad, dtype, dimension):
     grid = make_grid(dimension, indicator_noise=5.0)
     values = np.ones(dimension, np.float32)
@@ -247,7 +248,7 @@ def test_a_zero_update_stays_zero_and_is_a_valid_unit(rounding):
         assert q[-1] == grid.indicator_units
 
 
-@pytest.mark.parametrize("dimension", [4, 70_000])
+@pytest.mark.parametrize("dimension", [4, LONG])
 @pytest.mark.parametrize("rounding", list(Rounding))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_entries_of_1e_minus_23_survive_under_a_clip_norm_of_their_size(dimension, rounding, dtype):
@@ -260,7 +261,7 @@ def test_entries_of_1e_minus_23_survive_under_a_clip_norm_of_their_size(dimensio
     assert not make_sum(make_grid(dimension)).contribution([values]).any()
 
 
-@pytest.mark.parametrize("dimension", [4, 70_000])
+@pytest.mark.parametrize("dimension", [4, LONG])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_entries_of_1e30_are_clipped_to_the_clip_norm(dimension, dtype):
     grid = make_grid(dimension)
@@ -331,8 +332,8 @@ def test_every_floating_dtype_and_every_layout_in_memory_counts_the_same():
 
 
 def test_the_caller_keeps_its_arrays():
-    values, reference = np.full(70_000, 3.0, np.float32), np.ones(70_000, np.float32)
-    bounded = make_sum(make_grid(70_000, rounding="dithered"))
+    values, reference = np.full(LONG, 3.0, np.float32), np.ones(LONG, np.float32)
+    bounded = make_sum(make_grid(LONG, rounding="dithered"))
     bounded.add([values], [reference])
     before = bounded.total
     values[:] = np.nan  # nothing of it is needed any more
