@@ -33,8 +33,9 @@ def mlp():
 def odd():
     # No size is a multiple of anything: slots would begin anywhere.
     return nn.Sequential(
-        nn.Linear(31, 17),
+        nn.Linear(31, 16),
         nn.Sigmoid(),
+        nn.Linear(16, 17),
         nn.LayerNorm(17),
         nn.Linear(17, 9),
         nn.GELU(),

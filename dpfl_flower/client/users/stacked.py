@@ -23,7 +23,7 @@ from dpfl_flower.layout import Array
 
 __all__ = ["StackedEngine"]
 
-_CPU_BYTES: Final = 4 << 20
+_CPU_BYTES: Final = 6 << 20
 """A chunk that stays in a core's cache; beyond it every operation waits for memory."""
 _CUDA_SHARE: Final = 8
 """A chunk takes at most this part of a GPU's memory."""

@@ -19,16 +19,16 @@ Three things would break that, and are avoided here or by whoever fills the stac
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import CodeGen
 
 from dpfl_flower.client.per_example import LossFunction, per_example_losses
+from dpfl_flower.client.users import graph_passes
 
 __all__ = ["SLOT_MULTIPLE", "StepGraph", "aligned_empty"]
 
@@ -36,9 +36,6 @@ SLOT_MULTIPLE: Final = 32
 """Twice the float32 entries of the widest vector register (AVX-512), as torch unrolls its loops."""
 
 _ALIGNMENT: Final = 64
-
-aten = torch.ops.aten
-_RESHAPING: Final = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
 
 
 @final
@@ -103,12 +100,10 @@ class StepGraph:
         graph = make_fx(gradients, tracing_mode="fake", _allow_non_fake_inputs=True)(
             stacked, kept, batch, weights
         )
-        self.bytes = _peak_bytes(graph)
-        _drop_idle(graph)
+        self.bytes = graph_passes.peak_bytes(graph)
+        graph_passes.simplify(graph)
         if device.type == "cpu":
             _align_products(graph)
-        graph.graph.eliminate_dead_code()
-        graph.graph.set_codegen(CodeGen())  # tensors in, tensors out, without nesting
         graph.recompile()
         self._fixed = kept
         self._graph: Callable[..., Sequence[Tensor]] = graph
@@ -150,77 +145,52 @@ def _padded(entries: int, dtype: torch.dtype) -> int:
 
 
 def _align_products(graph: GraphModule) -> None:
+    """Let every batched product read from, and write into, slots that begin at 64 bytes."""
+    aligned: dict[Node, Node] = {}
     for node in graph.graph.nodes:
-        if node.target is aten.bmm.default:
-            node.target = _bmm
-
-
-def _drop_idle(graph: GraphModule) -> None:
-    """Take out what hands on its input as it is: of a small model's step that is a third."""
-    for node in graph.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+        if node.target is not torch.ops.aten.bmm.default:
             continue
-        source = node.args[0] if node.args else None
-        if not (isinstance(source, Node) and isinstance(source.meta.get("val"), Tensor)):
-            continue
-        before, after = source.meta["val"], node.meta["val"]
-        same = before.shape == after.shape and before.stride() == after.stride()
-        if (node.target in _RESHAPING and same and before.dtype == after.dtype) or (
-            node.target is aten.mul.Scalar and node.args[1] == 1 and before.dtype == after.dtype
-        ):
-            node.replace_all_uses_with(source)
-        elif (
-            node.target is aten.transpose.int
-            and source.target is aten.transpose.int
-            and node.args[1:] == source.args[1:]
-        ):
-            node.replace_all_uses_with(source.args[0])
-
-
-def _bmm(left: Tensor, right: Tensor) -> Tensor:
-    """Return the products of all slots, from and into slots that begin at multiples of 64 bytes."""
-    left, right = _aligned(left), _aligned(right)
-    slots, rows, columns = len(left), left.shape[1], right.shape[2]
-    padded = _padded(rows * columns, left.dtype)
-    if padded == rows * columns:
-        return torch.bmm(left, right)
-    out = torch.empty_strided((slots, rows, columns), (padded, columns, 1), dtype=left.dtype)
-    return torch.bmm(left, right, out=out).contiguous()
+        for operand in node.args:
+            if operand not in aligned:
+                with graph.graph.inserting_before(node):
+                    aligned[operand] = graph.graph.call_function(_aligned, (operand,))
+        node.args = tuple(aligned[operand] for operand in node.args)
+        node.target = _bmm
 
 
 def _aligned(stack: Tensor) -> Tensor:
+    """Return the stack, or a copy whose slots begin at multiples of 64 bytes."""
     _, rows, columns = stack.shape
-    by_rows, by_columns = stack.stride()[1:] == (columns, 1), stack.stride()[1:] == (1, rows)
-    begins = stack.stride(0) * stack.itemsize, stack.data_ptr()
-    if (by_rows or by_columns) and not any(begin % _ALIGNMENT for begin in begins):
+    outer, *inner = stack.stride()
+    by_columns = inner == [1, rows]
+    if (by_columns or inner == [columns, 1]) and not (
+        outer * stack.itemsize % _ALIGNMENT or stack.data_ptr() % _ALIGNMENT
+    ):
         return stack
+    strides = (1, rows) if by_columns else (columns, 1)
     padded = _padded(rows * columns, stack.dtype)
-    inner = (1, rows) if by_columns else (columns, 1)
-    return torch.empty_strided(stack.shape, (padded, *inner), dtype=stack.dtype).copy_(stack)
+    return torch.empty_strided(stack.shape, (padded, *strides), dtype=stack.dtype).copy_(stack)
 
 
-def _peak_bytes(graph: GraphModule) -> int:
-    """Return the most bytes that the values of a step take at once, inputs and results included."""
-    last_use: dict[Node, int] = {}
-    nodes = list(graph.graph.nodes)
-    for time, node in enumerate(nodes):
-        for used in node.all_input_nodes:
-            last_use[used] = time
-    ends: dict[int, int] = {}
-    held = peak = 0
-    for time, node in enumerate(nodes):
-        size = _bytes(node.meta.get("val"))
-        held += size
-        peak = max(peak, held)
-        end = last_use.get(node, time)
-        ends[end] = ends.get(end, 0) + size
-        held -= ends.pop(time, 0)
-    return peak
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of all slots, computed where each begins at a multiple of 64 bytes.
+
+    Only into contiguous memory is the product one call. Where its slots would begin elsewhere, it
+    is computed with more rows or columns, whichever are less to copy, and cut.
+    """
+    rows, columns = left.shape[1], right.shape[2]
+    multiple = _ALIGNMENT // left.itemsize
+    if rows * columns % multiple == 0:
+        return torch.bmm(left, right)
+    more_rows, more_columns = _fitting(rows, columns, multiple), _fitting(columns, rows, multiple)
+    if more_rows * left.shape[2] < more_columns * right.shape[1]:
+        left = nn.functional.pad(left, (0, 0, 0, more_rows - rows))
+    else:
+        right = nn.functional.pad(right, (0, more_columns - columns))
+    return torch.bmm(_aligned(left), _aligned(right))[:, :rows, :columns].contiguous()
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return math.prod(value.shape) * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(_bytes(part) for part in value)
-    return 0
+def _fitting(size: int, other: int, multiple: int) -> int:
+    """Return the least size from ``size`` on that makes ``size * other`` a multiple."""
+    factor = multiple // math.gcd(other, multiple)
+    return -(-size // factor) * factor

@@ -113,7 +113,8 @@ def test_the_nodes_own_policy_holds():
     assert not BUILT
     assert not ask(content(request), context(min_noise_multiplier=0.6)).has_error()
     # A node that draws no noise cannot keep a bound on epsilon, so it does not pretend to.
-    assert ask(content(request), context(max_epsilon=3.0)).has_error()
+    bounded = ask(content(request), context(max_epsilon=3.0, max_delta=1e-5))
+    assert bounded.error.code == NodeErrorCode.POLICY_REFUSED
 
 
 def test_the_cohort_stays_in_the_process_although_flower_pickles_the_app():

@@ -153,7 +153,7 @@ def test_why_a_user_contributes_zeros_is_said_in_the_nodes_log_only(caplog):
         cohort_of(users, engine="stacked").answer(ask(grids(4130)["plain"]), global_arrays(mlp))
     said = [record for record in caplog.records if record.name == NODE_LOGGER]
     assert [record.getMessage() for record in said] == [
-        "StackedEngine: 64 users at a time, at most 3.8 MiB",
+        "StackedEngine: 64 users at a time, at most 4.8 MiB",
         "User 5 contributes zeros",
     ]
 
@@ -259,7 +259,8 @@ def test_a_closed_form_is_bounded_and_isolated_like_any_training():
             return {"a": given["a"]}
         if data == "raises":
             raise RuntimeError
-        return {"a": given["a"] + data, "count": np.array(9), "b": given["b"] - data}
+        step = data * (1 + given["a"].sum())
+        return {"a": given["a"] + step, "count": np.array(9), "b": given["b"] - step}
 
     def answer(*data):
         return UserCohort(list(data), local_update=solve).answer(

@@ -56,7 +56,7 @@ def members(model_fn, *, hostile=False):
     ],
 )
 def test_company_and_order_move_no_bit(kind, model_fn, threads):
-    training, arrays = recipe(lr=0.3), global_arrays(model_fn)
+    training, arrays = recipe(lr=0.3, batch_size=16), global_arrays(model_fn)
     engine = (
         LoopEngine(model_fn, training, device=CPU)
         if kind is Engine.LOOP
@@ -155,6 +155,42 @@ def test_a_model_that_carries_something_from_user_to_user_is_refused(model_fn, e
             example=example_of(mlp),
             global_arrays=global_arrays(model_fn),
         )
+
+
+class RaisesBackward(torch.autograd.Function):
+    """Raises in the backward pass, for a gradient that only one user has."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.isnan().any():
+            raise RuntimeError
+        return gradient
+
+
+class Wide(nn.Module):
+    """Its large layer's gradient is there when an earlier layer's backward pass raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(30, 128), nn.Linear(128, 130)
+
+    def forward(self, x):
+        return self.wide(RaisesBackward.apply(self.narrow(x)))
+
+
+def test_what_a_user_whose_training_raised_left_is_forgotten():
+    arrays = global_arrays(Wide)
+    engine = LoopEngine(Wide, recipe(), device=CPU)
+    inputs, targets = records_of(mlp, 10, 1)
+    broken = Member(0, lambda: (torch.full_like(inputs, torch.nan), targets))
+    honest = Member(1, lambda: (inputs, targets))
+    after = updates_by_user(engine, [broken, honest], arrays)
+    assert after.keys() == {1}
+    assert np.array_equal(after[1], updates_by_user(engine, [honest], arrays)[1])
 
 
 class Replaces(nn.Module):
