@@ -20,6 +20,7 @@ from dpfl_flower.accounting import (
     Sampling,
 )
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
+from dpfl_flower.federated_dropout import FederatedDropout
 
 __all__ = [
     "AdaptiveClipping",
@@ -27,6 +28,7 @@ __all__ = [
     "CappedPoissonSampling",
     "CustomSampling",
     "EveryoneSampling",
+    "FederatedDropout",
     "FixedClipping",
     "FixedSizeSampling",
     "Ledger",

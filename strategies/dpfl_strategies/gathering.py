@@ -6,8 +6,8 @@ noise and release, is the same.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import EveryoneSampling, PoissonSampling, PrivacyUnit, Sampling
+from dpfl_flower.federated_dropout import FederatedDropout, Submodel
+from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.private_run import PrivateRun
@@ -24,13 +26,15 @@ from dpfl_strategies.replies import accepted, dropout, parse_sum, parse_train
 Weigh = Callable[[float], float]
 
 _LARGEST_SUM: Final = 2**62
+_SEED_BYTES: Final = 16
 
 
 @dataclass(frozen=True)
 class Asked:
     """The round that waits for replies.
 
-    ``records`` go into every message beside the model.
+    ``records`` go into every message beside the model; ``submodels`` names the nodes that get only
+    a part of it.
     """
 
     server_round: int
@@ -38,6 +42,7 @@ class Asked:
     reference: Arrays
     dither_seed: bytes | None
     records: RecordDict
+    submodels: Mapping[int, Submodel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,31 @@ class Gathering(ABC):
     def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
         """Bound and sum the replies; whatever is wrong with one makes it a dropout."""
 
+    def unbiased(self, update: NDArray[np.float64], layout: ArrayLayout) -> NDArray[np.float64]:
+        """Return the mean update, shape ``(d,)``, with public constants put right that bias it."""
+        return update
+
 
 @final
 class NodesAreUnits(Gathering):
-    """Every node is one unit: the server draws nodes, and bounds what they return."""
+    """Every node is one unit: the server draws nodes, and bounds what they return.
 
-    def __init__(self, sampling: Sampling, *, rng: RandomSource, weigh: Weigh) -> None:
+    Under federated dropout a node is sent a part of the model and moves nothing else; the mean is
+    divided by how likely each entry is to be in a part.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        rng: RandomSource,
+        weigh: Weigh,
+        federated_dropout: FederatedDropout | None = None,
+    ) -> None:
         self._sampling = sampling
         self._rng = rng
         self._weigh = weigh
+        self._dropout = federated_dropout
 
     @property
     def num_nodes(self) -> int:
@@ -87,7 +108,13 @@ class NodesAreUnits(Gathering):
     ) -> Asked:
         """Draw nodes with coins of the server's own."""
         nodes = self._sampling.draw(registry, self._rng)
-        return Asked(server_round, nodes, reference, run.dither_seed(), RecordDict())
+        submodels = {}
+        if self._dropout is not None:
+            seed = self._rng.random_bytes(_SEED_BYTES)  # public from here on
+            submodels = {
+                node: self._dropout.submodel(reference, seed=seed, node_id=node) for node in nodes
+            }
+        return Asked(server_round, nodes, reference, run.dither_seed(), RecordDict(), submodels)
 
     def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
         """Weigh, clip, round and sum each node's update."""
@@ -95,17 +122,27 @@ class NodesAreUnits(Gathering):
         reference = run.layout.released(asked.reference)
         contents = []
         for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
-            reply = parse_train(message, run.layout)
+            part = asked.submodels.get(message.metadata.src_node_id)
+            sent = asked.reference if part is None else part.take(asked.reference)
+            reply = parse_train(message, run.layout if part is None else ArrayLayout.of(sent))
             if reply is None:
                 continue
+            arrays, start = reply.arrays, reference
             try:
+                if part is not None:
+                    arrays = part.scatter(arrays, asked.reference)
+                    start = run.layout.released(part.scatter(sent, asked.reference))
                 weight = self._weigh(reply.num_examples)
-                bounded.add(run.layout.released(reply.arrays), reference, weight=weight)
+                bounded.add(run.layout.released(arrays), start, weight=weight)
             except Exception as failed:  # one unit's numbers must neither stop the run nor show
                 dropout(message, failed)
                 continue
             contents.append(RecordDict({records.METRICS: reply.metrics}))
         return Gathered(bounded.total, len(contents), contents)
+
+    def unbiased(self, update: NDArray[np.float64], layout: ArrayLayout) -> NDArray[np.float64]:
+        """Divide each entry by the share of nodes that train it."""
+        return update if self._dropout is None else update / self._dropout.keep_probability(layout)
 
 
 @final

@@ -1,6 +1,6 @@
 """Between arrays and Flower messages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,21 @@ def to_messages(
     arrays: ArrayRecord,
     config: ConfigRecord,
     extra: RecordDict | None = None,
+    part_of: Callable[[int], ArrayRecord | None] = lambda _: None,
 ) -> list[Message]:
     """Return one message for each node, all with the same content, grouped by round.
 
-    ``extra`` records go along beside the arrays and the config.
+    ``extra`` records go along beside the arrays and the config. ``part_of`` names nodes, by id,
+    that are sent other arrays than all the others.
     """
     config[records.SERVER_ROUND] = server_round
-    content = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
-    for name, record in (extra or {}).items():
-        content[name] = record
-    return [Message(content, node, message_type, group_id=str(server_round)) for node in nodes]
+
+    def content(node: int) -> RecordDict:
+        part = part_of(node)
+        found = RecordDict({records.ARRAYS: part or arrays, records.CONFIG: config})
+        for name, record in (extra or {}).items():
+            found[name] = record
+        return found
+
+    group = str(server_round)
+    return [Message(content(node), node, message_type, group_id=group) for node in nodes]

@@ -27,6 +27,7 @@ from dpfl_flower.accounting import (
 )
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.clipping import ClippingPolicy
+from dpfl_flower.federated_dropout import FederatedDropout
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
 from dpfl_strategies.checkpoint import CheckpointDirectory
@@ -103,6 +104,10 @@ class PrivateStrategy(Strategy, ABC):
         are asked in every round, draw their own units by secret coins, and answer one integer sum
         (see :class:`~dpfl_flower.client.UserCohort`); ``sampling`` counts units. None (the
         default): every node is one unit.
+    federated_dropout:
+        Sends each node a smaller model of its own, with a random part of the hidden units; nodes
+        must build their model by the shapes they are sent. Only where every node is one unit. What
+        a round costs stays the same; the noise on an entry grows as fewer nodes train it.
 
     Raises
     ------
@@ -154,6 +159,7 @@ class PrivateStrategy(Strategy, ABC):
         max_inflation: float = 1.01,
         noise_seed: int | None = None,
         num_nodes: int | None = None,
+        federated_dropout: FederatedDropout | None = None,
     ) -> None:
         request = PrivacyRequest.parse(
             sampling=sampling,
@@ -208,14 +214,25 @@ class PrivateStrategy(Strategy, ABC):
                     "clip norms. Give num_nodes where nodes bound each of their units themselves, "
                     "or relation='replace-one', which pays for two"
                 )
-            self._gathering = NodesAreUnits(sampling, rng=self._plan.rng, weigh=self.weigh)
+            self._gathering = NodesAreUnits(
+                sampling,
+                rng=self._plan.rng,
+                weigh=self.weigh,
+                federated_dropout=federated_dropout,
+            )
         else:
+            if federated_dropout is not None:
+                raise ValueError(
+                    f"federated_dropout={federated_dropout!r} must be None with num_nodes="
+                    f"{num_nodes}: the units of a node train one model"
+                )
             self._gathering = UnitsInsideNodes(sampling, num_nodes=num_nodes, unit=request.unit)
             if not isinstance(self.weighting, UniformWeighting):
                 raise ValueError(
                     f"weighting={self.weighting!r} must be uniform with num_nodes={num_nodes}: "
                     "how many records a unit has stays in its node"
                 )
+        self._federated_dropout = federated_dropout
         self._registry = self._new_registry()
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
@@ -252,6 +269,7 @@ class PrivateStrategy(Strategy, ABC):
             "rounding": str(self._plan.rounding),
             "max_inflation": repr(self._plan.max_inflation),
             "nodes": type(self._gathering).__name__,
+            "federated_dropout": repr(self._federated_dropout),
             "unit": str(self._plan.request.unit),
             "relation": str(self._plan.request.relation),
         }
@@ -322,9 +340,10 @@ class PrivateStrategy(Strategy, ABC):
             raise RuntimeError("this strategy is already running; close() it first")
         self._failures = FailureWatch(self._give_up_after)
         self._registry = self._new_registry()
-        self._run = self._plan.open(
-            from_record(initial_arrays), num_rounds, settings=self.settings()
-        )
+        model = from_record(initial_arrays)
+        if self._federated_dropout is not None:
+            self._federated_dropout.check(model)
+        self._run = self._plan.open(model, num_rounds, settings=self.settings())
         self.optimizer_state = dict(self._run.state.optimizer_state)
         return to_record(self._run.state.model)
 
@@ -357,6 +376,7 @@ class PrivateStrategy(Strategy, ABC):
             arrays=arrays,
             config=config,
             extra=self._asked.records,
+            part_of=self._part_of,
         )
 
     @final
@@ -385,7 +405,9 @@ class PrivateStrategy(Strategy, ABC):
         released = run.commit(
             server_round,
             noisy,
-            model=self.apply_noisy_mean(model, noisy.update, server_round),
+            model=self.apply_noisy_mean(
+                model, self._gathering.unbiased(noisy.update, run.layout), server_round
+            ),
             template=asked.reference,
             optimizer_state=self.optimizer_state,
         )
@@ -446,6 +468,12 @@ class PrivateStrategy(Strategy, ABC):
         log.info("\t└──> Budget: %s", budget or "none")
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _part_of(self, node: int) -> ArrayRecord | None:
+        asked = self._asked
+        if asked is None or node not in asked.submodels:
+            return None
+        return to_record(asked.submodels[node].take(asked.reference))
 
     def _new_registry(self) -> Registry:
         return Registry(self._gathering.num_nodes, wait_seconds=self._wait_seconds)
