@@ -6,6 +6,7 @@ al., arXiv 1710.06963). Clip norm and divisor are public constants or released v
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +38,15 @@ from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
-from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.round_loop import (
+    AllClientsFailed,
+    EvaluateFn,
+    FailureWatch,
+    LoopHooks,
+    hand_over,
+    log_result,
+    run_rounds,
+)
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
 
@@ -220,6 +229,7 @@ class PrivateStrategy(Strategy, ABC):
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
         self._evaluating: frozenset[int] = frozenset()
+        self._signal_to_noise: dict[int, float] = {}
 
     # --- named points to subclass ---------------------------------------------------------------
 
@@ -277,7 +287,8 @@ class PrivateStrategy(Strategy, ABC):
         Raises
         ------
         AllClientsFailed
-            If everybody who was asked failed, ``give_up_after`` rounds in a row or always.
+            If everybody who was asked failed, ``give_up_after`` rounds in a row or always. Its
+            ``result`` holds the last released model.
         PopulationNotReached
             If too few nodes connected.
         LedgerError, CheckpointError
@@ -286,16 +297,17 @@ class PrivateStrategy(Strategy, ABC):
         checks.positive_int(num_rounds=num_rounds)
         arrays = self.prepare(initial_arrays, num_rounds)
         assert self._run is not None
+        result = PrivateResult(signal_to_noise=self._signal_to_noise)
         try:
             self.summary()
-            result = run_rounds(
+            run_rounds(
                 self,
                 LoopHooks(
                     failures=self._failures,
                     stop_reason=self._stop_reason,
                     progress=lambda server_round: self._progress(server_round, num_rounds),
                 ),
-                PrivateResult(),
+                result,
                 grid=grid,
                 arrays=arrays,
                 first_round=self._run.state.server_round + 1,
@@ -305,10 +317,17 @@ class PrivateStrategy(Strategy, ABC):
                 evaluate_config=evaluate_config,
                 evaluate_fn=evaluate_fn,
             )
-            result.privacy = self.privacy_spent()
-            result.metrics_not_covered = self._gate.open
+            self._complete(result, grid)
             log_result(result)
             return result
+        except AllClientsFailed as failed:
+            # The round in which the run gave up was charged and released like any other.
+            result.arrays = to_record(self._run.state.model)
+            result.rounds = self._run.state.server_round
+            result.stopped = Stopped.ALL_CLIENTS_FAILED
+            failed.result = result
+            self._complete(result, grid)
+            raise
         finally:
             self.close()
 
@@ -322,6 +341,7 @@ class PrivateStrategy(Strategy, ABC):
             raise RuntimeError("this strategy is already running; close() it first")
         self._failures = FailureWatch(self._give_up_after)
         self._registry = self._new_registry()
+        self._signal_to_noise = {}
         self._run = self._plan.open(
             from_record(initial_arrays), num_rounds, settings=self.settings()
         )
@@ -381,6 +401,7 @@ class PrivateStrategy(Strategy, ABC):
         self._asked = None
         gathered = self._gathering.gather(run, asked, replies)
         noisy = run.charge_and_release(gathered.total, server_round)
+        self._signal_to_noise[server_round] = noisy.signal_to_noise
         model = run.layout.flatten(asked.reference)
         released = run.commit(
             server_round,
@@ -458,7 +479,17 @@ class PrivateStrategy(Strategy, ABC):
     def _stop_reason(self) -> Stopped | None:
         return None if self._running().affordable else Stopped.BUDGET_SPENT
 
+    def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        """Say what it cost, and leave the last released model where the run's files go."""
+        result.privacy = self.privacy_spent()
+        result.metrics_not_covered = self._gate.open
+        hand_over(result, grid)
+
     def _progress(self, server_round: int, num_rounds: int) -> str:
+        signal = self._signal_to_noise.get(server_round, math.inf)
+        return f"{self._spent(server_round, num_rounds)}, signal-to-noise {signal:.2g}"
+
+    def _spent(self, server_round: int, num_rounds: int) -> str:
         if not self._plan.rng.protects:
             return "no epsilon: the noise is seeded"
         every = max(1, num_rounds // 10)
