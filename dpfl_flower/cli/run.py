@@ -23,6 +23,7 @@ from dpfl_flower.cli.output import ExitCode, Format, FormatOption, Output
 from dpfl_flower.cli.progress import ProgressDisplay
 from dpfl_flower.cli.run_config import parse_run_config
 from dpfl_flower.cli.run_dir import RunDirectory, fresh_path
+from dpfl_flower.final_model import MODEL, RUN_DIR
 from dpfl_flower.simulation import (
     AppFolder,
     AppRun,
@@ -37,7 +38,6 @@ __all__ = ["run"]
 
 IN_PROCESS: Final = "in-process"
 FLOWER: Final = "flower"
-_RUN_DIR: Final = "run-dir"
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,14 @@ def run(
     except OSError as error:
         why = f"--run-dir: {error.filename}: {error.strerror}"
         raise output.fail(ExitCode.BAD_ARGUMENTS, why) from None
-    if _RUN_DIR in order.app.config:
-        order.overrides.setdefault(_RUN_DIR, str(directory.path))
+    if RUN_DIR in order.app.config:
+        order.overrides.setdefault(RUN_DIR, str(directory.path))
+    before = directory.model()
     directory.write("config.json", order.described())
     with ProgressDisplay(f"{order.app.name} ({engine})") as display:
         listener = Listener(directory, display, printed=None if output.is_json else sys.stdout)
         ended = _run(order, directory, listener)
+    model = directory.model()
     progress = listener.progress
     data = {
         "outcome": ended.outcome,
@@ -131,6 +133,7 @@ def run(
         "engine": engine,
         "run-id": None if ended.run_id is None else str(ended.run_id),
         "run-dir": str(directory.path),
+        "model": None if model is None or model == before else MODEL,
         "seconds": round(listener.seconds, 3),
         "rounds": 0 if progress is None else progress.server_round,
         "epsilon": None if progress is None else progress.epsilon,
@@ -141,6 +144,11 @@ def run(
     if not ended.succeeded:
         why = f"the run {ended.outcome}: {ended.details}"
         raise output.fail(ended.code, f"{why}\nSee {directory.log_path}", data) from None
+    if data["model"] is None:
+        output.note(
+            f"No {MODEL} in the run directory: strategies of dpfl_strategies and "
+            "dpfl_flower.final_model.save_model write it, where they can reach the directory"
+        )
     output.result(data, f"Completed in {listener.seconds:.1f} s. Run directory: {directory.path}")
 
 
@@ -187,6 +195,7 @@ def _on_engine(order: _Order, directory: RunDirectory, listener: Listener) -> Ap
                 order.app.path,
                 num_supernodes=order.num_supernodes,
                 run_config=order.overrides,
+                run_dir=directory.path,
                 timeout_seconds=order.timeout_seconds,
             )
     if order.engine == FLOWER:
@@ -195,6 +204,7 @@ def _on_engine(order: _Order, directory: RunDirectory, listener: Listener) -> Ap
             num_supernodes=order.num_supernodes or order.app.num_supernodes,
             log_path=directory.log_path,
             run_config=order.overrides,
+            run_dir=directory.path,
             on_line=listener.hear_raw,
             timeout_seconds=order.timeout_seconds,
         )

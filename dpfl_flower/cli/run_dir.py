@@ -6,13 +6,16 @@
     versions of Python and of the packages a result depends on, and the machine
 ``metrics.jsonl``
     a JSON object per round: epsilon spent as the log showed it, metrics, time
+``model.safetensors``
+    the final model, as the strategy released it last or as the app saved it; see
+    :mod:`dpfl_flower.final_model`
 ``run.log``
     what the run logged and printed
 ``outcome.json``
     how it ended, with the exit code
 
 An app whose configuration has the key ``run-dir`` puts its own files there too: its ledger, its
-model, its result. Used again, the directory keeps those (a ledger goes on counting) and its
+result. Used again, the directory keeps those (a ledger goes on counting) and its
 ``metrics.jsonl`` grows; the other files are those of the newest run.
 
 >>> import tempfile
@@ -34,6 +37,7 @@ from typing import Any, Final
 
 from dpfl_flower.cli.output import plain
 from dpfl_flower.cli.progress import RoundProgress
+from dpfl_flower.final_model import MODEL
 
 __all__ = ["RunDirectory", "fresh_path"]
 
@@ -62,6 +66,14 @@ class RunDirectory:
     def log_path(self) -> Path:
         """Where what the run logs and prints goes."""
         return self.path / "run.log"
+
+    def model(self) -> tuple[int, int] | None:
+        """Return what tells the final model from another one, None where there is none."""
+        try:
+            found = (self.path / MODEL).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def write(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a JSON file, all of it or nothing."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from dpfl_flower import checks
+from dpfl_flower.final_model import RUN_DIR_VARIABLE
 from dpfl_flower.simulation.flwr_command import (
     Deadline,
     FlowerRun,
@@ -48,6 +49,7 @@ def run_flower_app(
     num_supernodes: int,
     log_path: Path,
     run_config: RunConfig | None = None,
+    run_dir: Path | None = None,
     flwr_home: Path | None = None,
     num_cpus_per_client: int = 1,
     on_line: Callable[[str], None] | None = None,
@@ -65,6 +67,8 @@ def run_flower_app(
         File that receives the run's log, line by line; replaced if it exists.
     run_config
         Overrides of the app's configuration.
+    run_dir
+        Where strategies leave the final model of an app that has no configuration key ``run-dir``.
     flwr_home
         Flower's state; a temporary folder, removed afterwards, when not given.
     num_cpus_per_client
@@ -93,6 +97,8 @@ def run_flower_app(
         home = Path(scratch) / "home" if flwr_home is None else flwr_home.resolve()
         home.mkdir(parents=True, exist_ok=True)
         environment = _environment(home, ray_folder=Path(scratch) / "ray")
+        if run_dir is not None:
+            environment[RUN_DIR_VARIABLE] = str(run_dir.absolute())
         config_file = Path(scratch) / "run-config.toml"
         config_file.write_text(to_toml(run_config or {}), encoding="utf-8")
         with _superlink(home, environment, deadline) as superlink:

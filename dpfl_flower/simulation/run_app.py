@@ -22,6 +22,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from dpfl_flower import checks
+from dpfl_flower.final_model import RUN_DIR
 from dpfl_flower.simulation.app_folder import AppFolder
 from dpfl_flower.simulation.flower_run import RunConfig, RunOutcome
 from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
@@ -29,9 +30,6 @@ from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
 __all__ = ["AppRun", "run_app"]
 
 log = logging.getLogger("flwr.dpfl")
-
-RUN_DIR: Final = "run-dir"
-"""The configuration key of an app that writes files."""
 
 _SERVER: Final = 1
 _running: Final = threading.Lock()
@@ -90,7 +88,8 @@ def run_app(
     run_config
         Overrides of the app's configuration; only keys that it has.
     run_dir
-        Value of the configuration key ``run-dir``, made absolute, for apps that have this key.
+        Value of the configuration key ``run-dir``, made absolute, for apps that have this key; for
+        any app where the strategies leave the final model.
     node_configs, fault
         As for :class:`~dpfl_flower.simulation.in_process.InProcessGrid`.
     timeout_seconds
@@ -109,14 +108,19 @@ def run_app(
     nodes = app.num_supernodes if num_supernodes is None else num_supernodes
     checks.positive_int(num_supernodes=nodes)
     overrides = dict(run_config or {})
-    if run_dir is not None and RUN_DIR in app.config:
-        overrides.setdefault(RUN_DIR, str(Path(run_dir).absolute()))
+    place = None if run_dir is None else str(Path(run_dir).absolute())
+    if place is not None and RUN_DIR in app.config:
+        overrides.setdefault(RUN_DIR, place)
     config = app.configured(overrides)
+    if place is not None:
+        overrides.setdefault(RUN_DIR, place)  # where strategies leave the model of any app
     if not _running.acquire(blocking=False):
         raise RuntimeError("another app is running in this process: one at a time")
     try:
         with _limit(timeout_seconds):
-            return _run(app, nodes, config, node_configs=node_configs, fault=fault)
+            return _run(
+                app, nodes, config, overrides=overrides, node_configs=node_configs, fault=fault
+            )
     finally:
         _running.release()
 
@@ -126,6 +130,7 @@ def _run(
     num_supernodes: int,
     config: RunConfig,
     *,
+    overrides: RunConfig,
     node_configs: Sequence[NodeConfig] | None,
     fault: Callable[[Message], Fault | None] | None,
 ) -> AppRun:
@@ -141,6 +146,7 @@ def _run(
                 fault=fault,
             ) as grid:
                 run_id = grid.run.run_id
+                grid.run.override_config = dict(overrides)
                 context = Context(
                     run_id=run_id,
                     node_id=_SERVER,

@@ -6,6 +6,7 @@ rounded Gaussian to an integer sum equals rounding the sum plus a real Gaussian,
 event that the ledger prices covers it by post-processing.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +31,28 @@ class NoisyMean:
         Andrew et al., arXiv 1905.03871); None without adaptive clipping.
     position:
         The ledger after the charge for this release.
+    noise_stddev:
+        Standard deviation of the noise on each entry of ``update``, a public constant.
     """
 
     update: NDArray[np.float64]
     fraction_within_clip: float | None
     position: LedgerPosition
+    noise_stddev: float
+
+    @property
+    def signal_to_noise(self) -> float:
+        """Estimate the mean's power over the noise's: ``max(0, |y|^2 / (d sigma^2) - 1)``.
+
+        With ``y = x + n`` and n Gaussian, ``E |y|^2 = |x|^2 + d sigma^2``, so without the maximum
+        the estimate is unbiased; where there is no signal its standard deviation is ``sqrt(2/d)``.
+        Made of the released value and a public constant, it costs no privacy (post-processing:
+        Dwork and Roth, Proposition 2.1). Infinite without noise.
+        """
+        if not self.noise_stddev:
+            return math.inf
+        scaled = self.update / self.noise_stddev
+        return max(0.0, float(scaled @ scaled) / scaled.size - 1)
 
 
 class CentralRelease:
@@ -103,4 +121,9 @@ class CentralRelease:
             # The sum holds +K or -K for each unit, so half of sum / K is the sum of (b - 1/2).
             votes = float(noisy[dimension]) / (2 * self._grid.indicator_units)
             fraction = votes / self._cohort + 0.5
-        return NoisyMean(update=update, fraction_within_clip=fraction, position=position)
+        return NoisyMean(
+            update=update,
+            fraction_within_clip=fraction,
+            position=position,
+            noise_stddev=float(self._grid.noise_units * per_unit),
+        )

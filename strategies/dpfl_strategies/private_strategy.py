@@ -6,6 +6,7 @@ al., arXiv 1710.06963). Clip norm and divisor are public constants or released v
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,15 @@ from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
-from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.round_loop import (
+    AllClientsFailed,
+    EvaluateFn,
+    FailureWatch,
+    LoopHooks,
+    hand_over,
+    log_result,
+    run_rounds,
+)
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
 
@@ -237,6 +246,7 @@ class PrivateStrategy(Strategy, ABC):
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
         self._evaluating: frozenset[int] = frozenset()
+        self._signal_to_noise: dict[int, float] = {}
 
     # --- named points to subclass ---------------------------------------------------------------
 
@@ -295,7 +305,8 @@ class PrivateStrategy(Strategy, ABC):
         Raises
         ------
         AllClientsFailed
-            If everybody who was asked failed, ``give_up_after`` rounds in a row or always.
+            If everybody who was asked failed, ``give_up_after`` rounds in a row or always. Its
+            ``result`` holds the last released model.
         PopulationNotReached
             If too few nodes connected.
         LedgerError, CheckpointError
@@ -304,16 +315,17 @@ class PrivateStrategy(Strategy, ABC):
         checks.positive_int(num_rounds=num_rounds)
         arrays = self.prepare(initial_arrays, num_rounds)
         assert self._run is not None
+        result = PrivateResult(signal_to_noise=self._signal_to_noise)
         try:
             self.summary()
-            result = run_rounds(
+            run_rounds(
                 self,
                 LoopHooks(
                     failures=self._failures,
                     stop_reason=self._stop_reason,
                     progress=lambda server_round: self._progress(server_round, num_rounds),
                 ),
-                PrivateResult(),
+                result,
                 grid=grid,
                 arrays=arrays,
                 first_round=self._run.state.server_round + 1,
@@ -323,10 +335,17 @@ class PrivateStrategy(Strategy, ABC):
                 evaluate_config=evaluate_config,
                 evaluate_fn=evaluate_fn,
             )
-            result.privacy = self.privacy_spent()
-            result.metrics_not_covered = self._gate.open
+            self._complete(result, grid)
             log_result(result)
             return result
+        except AllClientsFailed as failed:
+            # The round in which the run gave up was charged and released like any other.
+            result.arrays = to_record(self._run.state.model)
+            result.rounds = self._run.state.server_round
+            result.stopped = Stopped.ALL_CLIENTS_FAILED
+            failed.result = result
+            self._complete(result, grid)
+            raise
         finally:
             self.close()
 
@@ -344,6 +363,7 @@ class PrivateStrategy(Strategy, ABC):
         if self._federated_dropout is not None:
             self._federated_dropout.check(model)
         self._run = self._plan.open(model, num_rounds, settings=self.settings())
+        self._signal_to_noise = {}
         self.optimizer_state = dict(self._run.state.optimizer_state)
         return to_record(self._run.state.model)
 
@@ -401,6 +421,7 @@ class PrivateStrategy(Strategy, ABC):
         self._asked = None
         gathered = self._gathering.gather(run, asked, replies)
         noisy = run.charge_and_release(gathered.total, server_round)
+        self._signal_to_noise[server_round] = noisy.signal_to_noise
         model = run.layout.flatten(asked.reference)
         released = run.commit(
             server_round,
@@ -486,7 +507,17 @@ class PrivateStrategy(Strategy, ABC):
     def _stop_reason(self) -> Stopped | None:
         return None if self._running().affordable else Stopped.BUDGET_SPENT
 
+    def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        """Say what it cost, and leave the last released model where the run's files go."""
+        result.privacy = self.privacy_spent()
+        result.metrics_not_covered = self._gate.open
+        hand_over(result, grid)
+
     def _progress(self, server_round: int, num_rounds: int) -> str:
+        signal = self._signal_to_noise.get(server_round, math.inf)
+        return f"{self._spent(server_round, num_rounds)}, signal-to-noise {signal:.2g}"
+
+    def _spent(self, server_round: int, num_rounds: int) -> str:
         if not self._plan.rng.protects:
             return "no epsilon: the noise is seeded"
         every = max(1, num_rounds // 10)

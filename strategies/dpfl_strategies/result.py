@@ -1,6 +1,6 @@
 """What a private run returns: Flower's result, what it cost, and why it ended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from flwr.serverapp.strategy import Result
@@ -14,6 +14,7 @@ class Stopped(StrEnum):
 
     ALL_ROUNDS_DONE = "all planned rounds are done"
     BUDGET_SPENT = "the privacy budget does not allow another round"
+    ALL_CLIENTS_FAILED = "every node that was asked failed"
 
 
 @dataclass(repr=False)
@@ -33,6 +34,10 @@ class PrivateResult(Result):
         Why the run ended.
     rounds:
         Rounds whose model was released, counted from the start of the run, resumed parts included.
+    signal_to_noise:
+        By round, an estimate of the released mean's power over that of its noise: see
+        :attr:`~dpfl_strategies.central_release.NoisyMean.signal_to_noise`. Empty where the nodes
+        add the noise.
     """
 
     privacy: PrivacyStatement | None = None
@@ -40,6 +45,7 @@ class PrivateResult(Result):
     metrics_not_covered: bool = False
     stopped: Stopped = Stopped.ALL_ROUNDS_DONE
     rounds: int = 0
+    signal_to_noise: dict[int, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Flower's text, then the privacy statement."""

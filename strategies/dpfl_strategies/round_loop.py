@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from dpfl_flower.final_model import run_directory, save_model
 from dpfl_strategies.result import PrivateResult, Stopped
 
 log = logging.getLogger("flwr.dpfl")
@@ -18,7 +19,15 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class AllClientsFailed(RuntimeError):
-    """Everybody who was asked failed, round after round: the run is broken, not unlucky."""
+    """Everybody who was asked failed, round after round: the run is broken, not unlucky.
+
+    Attributes
+    ----------
+    result:
+        What the run had until then: the last released model, and what was spent for it.
+    """
+
+    result: PrivateResult | None = None
 
 
 @dataclass
@@ -65,7 +74,7 @@ class LoopHooks:
     stop_reason:
         Returns why no further round may be asked for, None where one may.
     progress:
-        Given the round, returns a few words on what has been spent so far.
+        Given the round, returns a few words on what has been spent so far and what came of it.
     """
 
     failures: FailureWatch
@@ -142,6 +151,18 @@ def run_rounds(
 def _keep(kept: dict[int, MetricRecord], server_round: int, metrics: MetricRecord | None) -> None:
     if metrics is not None:
         kept[server_round] = metrics
+
+
+def hand_over(result: PrivateResult, grid: Grid) -> None:
+    """Write the result's model where the run's files go, if the run was given a place for them."""
+    folder = run_directory(grid)
+    if folder is not None and result.arrays is not None:
+        privacy = result.privacy or result.node_privacy
+        notes = {"rounds": str(result.rounds), "stopped": str(result.stopped)}
+        try:
+            save_model(result.arrays, folder, notes=notes | {"privacy": str(privacy)})
+        except OSError as error:  # the caller still gets a result that was paid for
+            log.error("The final model is not in %s: %s", folder, error)
 
 
 def log_result(result: PrivateResult) -> None:

@@ -24,8 +24,16 @@ from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.replies import accepted, parse_train
-from dpfl_strategies.result import PrivateResult
-from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.result import PrivateResult, Stopped
+from dpfl_strategies.round_loop import (
+    AllClientsFailed,
+    EvaluateFn,
+    FailureWatch,
+    LoopHooks,
+    hand_over,
+    log_result,
+    run_rounds,
+)
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
 log = logging.getLogger("flwr.dpfl")
@@ -119,20 +127,27 @@ class SampleLevelFedAvg(Strategy):
         self._claims, self._earlier_claims, self._optimizer_state = {}, {}, {}
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
-        result = run_rounds(
-            self,
-            LoopHooks(self._failures, stop_reason=lambda: None, progress=self._progress),
-            PrivateResult(),
-            grid=grid,
-            arrays=arrays,
-            first_round=first_round,
-            num_rounds=num_rounds,
-            timeout=timeout,
-            train_config=train_config,
-            evaluate_config=evaluate_config,
-            evaluate_fn=evaluate_fn,
-        )
-        result.node_privacy = self.node_privacy
+        result = PrivateResult()
+        try:
+            run_rounds(
+                self,
+                LoopHooks(self._failures, stop_reason=lambda: None, progress=self._progress),
+                result,
+                grid=grid,
+                arrays=arrays,
+                first_round=first_round,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+                evaluate_fn=evaluate_fn,
+            )
+        except AllClientsFailed as failed:
+            result.stopped = Stopped.ALL_CLIENTS_FAILED
+            failed.result = result
+            self._complete(result, grid)
+            raise
+        self._complete(result, grid)
         log_result(result)
         return result
 
@@ -210,6 +225,10 @@ class SampleLevelFedAvg(Strategy):
         if self._gate.open:
             log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
         log.info("\t└──> Server optimizer: %s", self.server_optimizer)
+
+    def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        result.node_privacy = self.node_privacy
+        hand_over(result, grid)
 
     def _claimed(self, reply: Message) -> bool:
         node_id = reply.metadata.src_node_id

@@ -274,7 +274,54 @@ def test_a_second_run_on_the_same_ledger_at_the_same_time_is_refused(tmp_path):
     second.close()
 
 
+# How much of what was released is signal.
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_each_round_tells_the_power_of_the_signal_from_released_values_and_known_noise(
+    adaptive, caplog
+):
+    # 8 nodes that move d entries by x each, noise z C / 8: power 64 x^2 / (z C)^2, estimated with a
+    # standard deviation of sqrt(2 + 4 power) / sqrt(d); 8 of them are allowed for.
+    size, noise = 40_000, 0.02
+    clipping = AdaptiveClipping(initial=10.0) if adaptive else FixedClipping(10.0)
+    for x, expected in ((0.025, 1.0), (0.0025, 0.01), (0.0, 0.0)):
+        private = strategy(noise_multiplier=noise, clipping=clipping)
+        with caplog.at_level(logging.INFO, logger="flwr.dpfl"):
+            result = private.start(RecordingGrid(adding(x), NODES), model(size), num_rounds=1)
+        tolerance = 8 * math.sqrt((2 + 4 * expected) / size)
+        assert result.signal_to_noise[1] == pytest.approx(expected, abs=tolerance + 0.02 * expected)
+        assert f"signal-to-noise {result.signal_to_noise[1]:.2g}, about" in caplog.text
+        # From what was released alone: anybody who sees the model can tell as much.
+        released = flat(result.arrays)
+        again = max(0.0, released @ released / size / (noise * 10.0 / NODES) ** 2 - 1)
+        assert result.signal_to_noise[1] == pytest.approx(again, rel=0.02, abs=1e-4)
+
+
+def test_without_noise_there_is_nothing_to_compare_the_signal_with():
+    result = strategy(noise_multiplier=0.0).start(RecordingGrid(adding(0.1), NODES), model(), 2)
+    assert result.signal_to_noise == {1: math.inf, 2: math.inf}
+
+
 # Dropouts and failures.
+
+
+def test_a_run_that_gives_up_hands_over_what_it_had_released_and_spent(tmp_path):
+    def fails_later(message):
+        return adding(0.5)(message) if config_of(message)["server-round"] == 1 else Error(2)
+
+    private = strategy(ledger=tmp_path / "ledger.jsonl", give_up_after=2)
+    grid = RecordingGrid(fails_later, NODES)
+    with pytest.raises(AllClientsFailed) as failed:
+        private.start(grid, model(), num_rounds=9)
+    result = failed.value.result
+    assert (result.rounds, result.stopped) == (3, Stopped.ALL_CLIENTS_FAILED)
+    sent = config_of(grid.pushed[-1])["server-round"]
+    assert sent == 3
+    assert not np.array_equal(flat(result.arrays), flat(grid.pushed[-1].content["arrays"]))
+    one = Gaussian(1.0)
+    assert result.privacy.epsilon == pytest.approx(epsilon([one] * 3, delta=1e-5), rel=1e-3)
+    assert set(result.signal_to_noise) == {1, 2, 3}
 
 
 def test_when_everybody_fails_it_is_an_error_and_the_ledger_is_let_go(tmp_path):

@@ -95,8 +95,10 @@ def test_numbers_that_are_not_finite_are_dropped(bad):
 
 
 def test_all_failing_is_an_error():
-    with pytest.raises(AllClientsFailed):
+    with pytest.raises(AllClientsFailed) as failed:
         strategy().start(RecordingGrid(lambda m: Error(101), NODES), start_model(), 5)
+    np.testing.assert_array_equal(values(failed.value.result.arrays), values(start_model()))
+    assert failed.value.result.node_privacy.claims == {}
     mute = RecordingGrid(lambda m: reply(m.content["arrays"]), NODES)
     with pytest.raises(AllClientsFailed):
         strategy().start(mute, start_model(), 5)

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from dpfl_flower import records
+from dpfl_flower.final_model import save_model
 from dpfl_strategies import (
     AllClientsFailed,
     FedAvgM,
@@ -66,10 +67,12 @@ def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
             "runs on its patients"
         ) from failed
     privacy = result.node_privacy or NodePrivacyReport()
+    model = average.mean()
+    save_model(model, settings.run_dir, notes={"privacy": str(privacy)})
     report = _report(
         settings,
         privacy,
-        evaluate(grid, average.mean(), privacy.claims),
+        evaluate(grid, model, privacy.claims),
         run_id=run_id,
         rounds=result.rounds,
     )

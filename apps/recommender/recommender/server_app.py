@@ -5,14 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from safetensors.numpy import save_file
 
 from dpfl_flower import records
 from dpfl_flower.accounting import EveryoneSampling, Ledger, PrivacyBudget, PrivacyUnit
 from dpfl_flower.clipping import FixedClipping
+from dpfl_flower.final_model import save_model
 from dpfl_flower.quantize import Rounding
 from dpfl_strategies import DPFedAvg, FedAvgM, PrivateResult
 
@@ -54,10 +53,7 @@ def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
     model = result.arrays
     if model is None or result.privacy is None:
         raise RuntimeError("no model was released")
-    save_file(
-        {name: np.array(array.numpy()) for name, array in model.items()},
-        settings.run_dir / "model.safetensors",
-    )
+    save_model(model, settings.run_dir, notes={"privacy": str(result.privacy)})
     answers = evaluate(grid, model)
     errors = sum((answer.errors for answer in answers), SquaredErrors())
     packaged = len(answers) == settings.num_nodes and all(answer.packaged for answer in answers)
