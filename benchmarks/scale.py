@@ -88,6 +88,7 @@ def measure(users: int, parameters: int) -> dict[str, Any]:
             training=LocalTraining(
                 lr=0.1, batch_size=10, loss_fn=nn.CrossEntropyLoss(reduction="none")
             ),
+            example=(torch.zeros(FEATURES), torch.tensor(0)),
             device="cpu",
             obeys_lists=True,
         )

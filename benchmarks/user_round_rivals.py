@@ -57,7 +57,7 @@ def ours(task: task_of.Task, pipe: Callable[[], bool]) -> None:
     model = {name: tensor.numpy().copy() for name, tensor in task.model.state_dict().items()}
     layout = ArrayLayout.of(model)
     cohort = UserCohort(
-        list(zip(task.inputs, task.targets, strict=True)),
+        dict(enumerate(zip(task.inputs, task.targets, strict=True))),
         model_fn=lambda: task.model,
         training=LocalTraining(
             lr=task_of.LEARNING_RATE,
@@ -65,6 +65,7 @@ def ours(task: task_of.Task, pipe: Callable[[], bool]) -> None:
             loss_fn=nn.CrossEntropyLoss(reduction="none"),
             shuffle=False,
         ),
+        example=(task.inputs[0][0], task.targets[0][0]),
         device="cpu",
         obeys_lists=True,
     )

@@ -162,6 +162,8 @@ class _Handler(logging.Handler):
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
                 text = f"{text} [{record.exc_info[0].__name__}: {record.exc_info[1]}]"
+            elif record.exc_text:  # of another process
+                text = f"{text} [{record.exc_text.splitlines()[-1]}]"
             self._listener.hear(LogLine(record.levelname, text))
         except Exception:
             self.handleError(record)

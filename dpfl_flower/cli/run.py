@@ -62,6 +62,7 @@ class _Order:
     app: AppFolder
     engine: str
     num_supernodes: int | None
+    workers: int | None
     overrides: dict[str, bool | int | float | str]
     timeout_seconds: float
 
@@ -72,6 +73,7 @@ class _Order:
             "name": self.app.name,
             "engine": self.engine,
             "num-supernodes": self.num_supernodes,
+            "workers": self.workers,
             "timeout-seconds": self.timeout_seconds,
             "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "run-config": self.app.configured(self.overrides),
@@ -95,6 +97,10 @@ def run(
         int | None,
         typer.Option(help="Nodes to simulate; default: num-supernodes in the app's [tool.dpfl]."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes for the ClientApps; only in-process. Default: this one."),
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run's files go; default: runs/NAME/NOW.")
     ] = None,
@@ -108,7 +114,7 @@ def run(
     """
     output = Output(format)
     try:
-        order = _checked(app, engine, run_config or [], num_supernodes, timeout)
+        order = _checked(app, engine, run_config or [], num_supernodes, workers, timeout)
     except ValueError as error:
         raise output.fail(ExitCode.BAD_ARGUMENTS, str(error)) from None
     try:
@@ -153,12 +159,21 @@ def run(
 
 
 def _checked(
-    app: Path, engine: str, texts: list[str], num_supernodes: int | None, timeout: float
+    app: Path,
+    engine: str,
+    texts: list[str],
+    num_supernodes: int | None,
+    workers: int | None,
+    timeout: float,
 ) -> _Order:
     """Return the order; ValueError where an argument is wrong, naming it."""
     checks.positive(**{"--timeout": timeout})
     if num_supernodes is not None:
         checks.positive_int(**{"--num-supernodes": num_supernodes})
+    if workers is not None:
+        checks.positive_int(**{"--workers": workers})
+        if engine != IN_PROCESS:
+            raise ValueError(f"--workers={workers} must not be given with --engine={engine}")
     if not engine.strip():
         raise ValueError(f"--engine={engine!r} must be {IN_PROCESS}, {FLOWER} or a connection")
     folder = AppFolder.read(app)
@@ -166,7 +181,7 @@ def _checked(
     folder.configured(overrides)
     if num_supernodes is None and engine in {IN_PROCESS, FLOWER}:
         num_supernodes = folder.num_supernodes
-    return _Order(folder, engine, num_supernodes, overrides, timeout)
+    return _Order(folder, engine, num_supernodes, workers, overrides, timeout)
 
 
 def _run(order: _Order, directory: RunDirectory, listener: Listener) -> Ended:
@@ -196,6 +211,7 @@ def _on_engine(order: _Order, directory: RunDirectory, listener: Listener) -> Ap
                 num_supernodes=order.num_supernodes,
                 run_config=order.overrides,
                 run_dir=directory.path,
+                num_workers=order.workers,
                 timeout_seconds=order.timeout_seconds,
             )
     if order.engine == FLOWER:

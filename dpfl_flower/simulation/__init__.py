@@ -11,6 +11,7 @@ from dpfl_flower.simulation.flower_run import (
 )
 from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
 from dpfl_flower.simulation.run_app import AppRun, run_app
+from dpfl_flower.simulation.workers import WorkerGrid
 
 __all__ = [
     "AppFolder",
@@ -22,6 +23,7 @@ __all__ = [
     "NodeConfig",
     "RunConfig",
     "RunOutcome",
+    "WorkerGrid",
     "run_app",
     "run_flower_app",
     "run_on_connection",

@@ -112,6 +112,11 @@ class AppFolder:
                 server=_load(self.serverapp, ServerApp), client=_load(self.clientapp, ClientApp)
             )
 
+    def client(self) -> ClientApp:
+        """Import the ClientApp and keep it: for a process that runs no other app."""
+        self._importable().__enter__()
+        return _load(self.clientapp, ClientApp)
+
     @contextlib.contextmanager
     def _importable(self) -> Iterator[None]:
         names = self._top_level_names()

@@ -2,7 +2,8 @@
 
 The folder is the one that ``flwr run`` takes, with no edit: its ServerApp and ClientApp are found
 in its ``pyproject.toml``, whose configuration is merged with the overrides, and the ServerApp runs
-on an :class:`~dpfl_flower.simulation.in_process.InProcessGrid`.
+on an :class:`~dpfl_flower.simulation.in_process.InProcessGrid`, or with its ClientApps in worker
+processes.
 
 >>> AppRun(RunOutcome.FAILED, run_id=7, details="RuntimeError: no", config={}).completed
 False
@@ -14,9 +15,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,6 +28,7 @@ from dpfl_flower.final_model import RUN_DIR
 from dpfl_flower.simulation.app_folder import AppFolder
 from dpfl_flower.simulation.flower_run import RunConfig, RunOutcome
 from dpfl_flower.simulation.in_process import Fault, InProcessGrid, NodeConfig
+from dpfl_flower.simulation.workers import WorkerGrid
 
 __all__ = ["AppRun", "run_app"]
 
@@ -73,6 +76,7 @@ def run_app(
     run_dir: str | Path | None = None,
     node_configs: Sequence[NodeConfig] | None = None,
     fault: Callable[[Message], Fault | None] | None = None,
+    num_workers: int | None = None,
     timeout_seconds: float | None = None,
 ) -> AppRun:
     """Run the app in ``app_dir`` in this process and return how it ended.
@@ -92,6 +96,9 @@ def run_app(
         any app where the strategies leave the final model.
     node_configs, fault
         As for :class:`~dpfl_flower.simulation.in_process.InProcessGrid`.
+    num_workers
+        Processes that the ClientApps run in, as for
+        :class:`~dpfl_flower.simulation.workers.WorkerGrid`; None: in this one.
     timeout_seconds
         For the run; from the main thread only, because a signal ends it.
 
@@ -107,6 +114,8 @@ def run_app(
     app = AppFolder.read(Path(app_dir))
     nodes = app.num_supernodes if num_supernodes is None else num_supernodes
     checks.positive_int(num_supernodes=nodes)
+    if num_workers is not None:
+        checks.positive_int(num_workers=num_workers)
     overrides = dict(run_config or {})
     place = None if run_dir is None else str(Path(run_dir).absolute())
     if place is not None and RUN_DIR in app.config:
@@ -119,42 +128,51 @@ def run_app(
     try:
         with _limit(timeout_seconds):
             return _run(
-                app, nodes, config, overrides=overrides, node_configs=node_configs, fault=fault
+                app,
+                partial(
+                    _grid,
+                    app,
+                    num_workers=num_workers,
+                    num_supernodes=nodes,
+                    run_config=config,
+                    node_configs=node_configs,
+                    fault=fault,
+                ),
+                config,
+                overrides=overrides,
             )
     finally:
         _running.release()
 
 
+def _grid(
+    app: AppFolder, client: ClientApp, *, num_workers: int | None, **settings: Any
+) -> InProcessGrid | WorkerGrid:
+    if num_workers is None:
+        return InProcessGrid(client, **settings)
+    return WorkerGrid(app.client, num_workers=num_workers, **settings)
+
+
 def _run(
     app: AppFolder,
-    num_supernodes: int,
+    grid_of: Callable[[ClientApp], InProcessGrid | WorkerGrid],
     config: RunConfig,
     *,
     overrides: RunConfig,
-    node_configs: Sequence[NodeConfig] | None,
-    fault: Callable[[Message], Fault | None] | None,
 ) -> AppRun:
-    run_id, client = 0, None
+    run_id, grid = 0, None
     try:
-        with app.loaded() as loaded:
-            client = _Watched(loaded.client)
-            with InProcessGrid(
-                client,
-                num_supernodes=num_supernodes,
-                run_config=config,
-                node_configs=node_configs,
-                fault=fault,
-            ) as grid:
-                run_id = grid.run.run_id
-                grid.run.override_config = dict(overrides)
-                context = Context(
-                    run_id=run_id,
-                    node_id=_SERVER,
-                    node_config={},
-                    state=RecordDict(),
-                    run_config=dict(config),
-                )
-                loaded.server(grid, context)
+        with app.loaded() as loaded, grid_of(loaded.client) as grid:
+            run_id = grid.run.run_id
+            grid.run.override_config = dict(overrides)
+            context = Context(
+                run_id=run_id,
+                node_id=_SERVER,
+                node_config={},
+                state=RecordDict(),
+                run_config=dict(config),
+            )
+            loaded.server(grid, context)
     except (Exception, SystemExit) as error:
         if not (isinstance(error, SystemExit) and error.code in {None, 0}):
             log.debug("The app failed", exc_info=True)
@@ -165,24 +183,11 @@ def _run(
                 config=config,
                 error=error,
             )
-    if client is not None and client.calls and not client.answered:
-        details = f"all {client.calls} messages that reached a node were answered by an error"
+    # Flower calls a run successful in which everybody failed.
+    if grid is not None and grid.delivered and not grid.answered:
+        details = f"all {grid.delivered} messages that reached a node were answered by an error"
         return AppRun(RunOutcome.FAILED, run_id=run_id, details=details, config=config)
     return AppRun(RunOutcome.COMPLETED, run_id=run_id, details="", config=config)
-
-
-class _Watched:
-    """Counts what a ClientApp answers: Flower calls a run successful in which everybody failed."""
-
-    def __init__(self, app: ClientApp) -> None:
-        self._app = app
-        self.calls = self.answered = 0
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        self.calls += 1
-        reply = self._app(message, context)
-        self.answered += reply.has_content()
-        return reply
 
 
 class _Expired(BaseException):

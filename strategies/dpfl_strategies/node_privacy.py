@@ -7,15 +7,19 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
-from dpfl_flower.accounting import Event, PrivacyUnit, Relation, epsilon, event_from_json
-from dpfl_flower.accounting.accountant import require_supported
+from dpfl_flower.accounting import Event, PrivacyUnit, Relation, event_from_json
+from dpfl_flower.accounting.accountant import quick_epsilon, require_supported
 from dpfl_flower.accounting.statement import rounded_up
 
 log = logging.getLogger("flwr.dpfl")
+
+_LONGEST_CLAIM: Final = 1 << 20
+"""Characters of a claim's events; an honest node lists each kind of release once."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class NodeClaim:
             delta = float(record["delta"])  # type: ignore[arg-type]
             claimed = float(record["epsilon"])  # type: ignore[arg-type]
             relation = Relation(str(record["relation"]))
-            events = tuple(event_from_json(e) for e in json.loads(str(record["events"])))
+            text = str(record["events"])
+            if len(text) > _LONGEST_CLAIM:
+                raise ValueError(f"events of {len(text)} characters must be <= {_LONGEST_CLAIM}")
+            events = tuple(event_from_json(e) for e in json.loads(text))
             unit = PrivacyUnit(str(record["unit"]))
             dataset, durable = str(record["dataset"]), bool(record["durable"])
         except (KeyError, TypeError, AttributeError, RecursionError) as missing:
@@ -102,7 +109,7 @@ class NodeClaim:
 @functools.lru_cache(maxsize=256)
 def _priced(events: tuple[Event, ...], delta: float, relation: Relation) -> float:
     try:
-        return epsilon(events, delta=delta, relation=relation)
+        return quick_epsilon(events, delta=delta, relation=relation)
     except Exception:  # a claim that has no price must not end the run, and is never believed
         log.warning("A node's privacy claim cannot be priced: its epsilon counts as infinite")
         return math.inf

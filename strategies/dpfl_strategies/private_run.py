@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfl_flower.accounting import Gaussian, Ledger
+from dpfl_flower.accounting import BudgetExhausted, Gaussian, Ledger, UnsupportedEvent
 from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
 from dpfl_flower.layout import ArrayLayout
@@ -99,10 +99,17 @@ class PrivatePlan:
         # The scale of the noise is not known yet: no table strays further than the largest one's.
         most = RoundedGaussian(MAX_SCALE).total_variation
         entries = ArrayLayout.of(model).dimension + 1
-        multiplier = self.request.solve(
-            num_rounds, prior=ledger.events(), total_variation=most * entries * num_rounds
-        )
-        grid = self._grid(model, multiplier)
+        try:
+            multiplier = self.request.solve(
+                num_rounds, prior=ledger.events(), total_variation=most * entries * num_rounds
+            )
+            grid = self._grid(model, multiplier)
+        except UnsupportedEvent:
+            raise
+        except ValueError as error:
+            if self.request.noise_multiplier is None and ledger.events():
+                raise _too_little_left(ledger, num_rounds) from error
+            raise
         state = RunState(
             run=uuid.uuid4().hex,
             server_round=0,
@@ -270,6 +277,18 @@ class PrivateRun:
     def close(self) -> None:
         """Let go of the ledger."""
         _let_go(self.ledger)
+
+
+def _too_little_left(ledger: Ledger, num_rounds: int) -> BudgetExhausted:
+    """Return the error for a ledger whose rest pays for no plan that a grid can carry."""
+    spent, budget = ledger.spent(), ledger.budget
+    assert budget is not None
+    left = max(0.0, budget.epsilon - spent.epsilon)
+    return BudgetExhausted(
+        f"the ledger leaves about epsilon {left:.3g} of {budget.epsilon:g} ({spent}): too little "
+        f"for num_rounds={num_rounds} rounds at any noise that a run can add. Nothing was charged. "
+        "Plan fewer rounds, or agree on a larger budget"
+    )
 
 
 def _noise_multiplier(state: RunState) -> float:

@@ -179,6 +179,8 @@ def test_a_run_that_takes_too_long_exits_with_3(app: Path, tmp_path: Path) -> No
         (["--run-config", "mode"], "--run-config 'mode' must be key=value"),
         (["--run-config", "mode=well"], "--run-config mode=well must be"),
         (["--num-supernodes", "0"], "--num-supernodes=0 must be an integer >= 1"),
+        (["--workers", "0"], "--workers=0 must be an integer >= 1"),
+        (["--workers", "2", "--engine", "flower"], "--workers=2 must not be given with --engine="),
         (["--timeout", "0"], "--timeout=0.0 must be a finite number > 0"),
         (["--engine", " "], "--engine=' ' must be in-process, flower or a connection"),
         (["--run-dir", "/dev/null/x"], "--run-dir: /dev/null"),
@@ -215,6 +217,25 @@ def test_the_medical_app_runs_as_it_is(tmp_path: Path) -> None:
     assert again.exit_code == 1  # the ledgers in the directory still count
     assert "no hospital trains" in again.stderr
     assert again.stderr.count("A node refuses: ") == 4
+
+
+def test_the_medical_app_runs_in_worker_processes_and_its_refusals_are_shown(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--workers", 2, "--run-config", "num-server-rounds=2", "--run-dir", tmp_path]
+    done = invoke(MEDICAL, *arguments, "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["epsilon"] == pytest.approx(1, abs=1e-3)
+    assert json.loads((tmp_path / "config.json").read_text())["workers"] == 2
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert all(hospital["durable"] for hospital in report["hospitals"])
+    assert len(report["hospitals"]) == 4
+
+    again = invoke(MEDICAL, *arguments)
+    assert again.exit_code == 1
+    assert again.stderr.count("A node refuses: ") == 4
+    assert "Traceback" not in again.stderr
+    assert "Traceback" in (tmp_path / "run.log").read_text()
 
 
 @pytest.mark.slow

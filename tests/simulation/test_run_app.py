@@ -116,6 +116,17 @@ def test_a_run_uses_the_folders_components_nodes_and_configuration(
     assert capsys.readouterr().out == "first first helper [0] 0.5 elsewhere\n"
 
 
+def test_in_worker_processes_the_run_is_the_same(
+    app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(app, num_workers=2, run_dir=tmp_path).completed
+    assert capsys.readouterr().out == f"first first helper [0, 1, 2] 0.5 {tmp_path}\n"
+    failed = run_app(app, num_workers=2, run_config={"mode": "clients"})
+    assert failed.details == "all 3 messages that reached a node were answered by an error"
+    with pytest.raises(ValueError, match="num_workers=0 must be an integer >= 1"):
+        run_app(app, num_workers=0)
+
+
 def test_two_apps_of_the_same_module_names_do_not_see_each_other(
     app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

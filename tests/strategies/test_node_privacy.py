@@ -5,7 +5,15 @@ import math
 import pytest
 from flwr.app import ConfigRecord
 
-from dpfl_flower.accounting import Gaussian, PoissonSampled, Relation, epsilon
+from dpfl_flower.accounting import (
+    Composed,
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    Relation,
+    accountant,
+    epsilon,
+)
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
 
 
@@ -45,6 +53,47 @@ def test_the_report_names_the_worst_node_and_the_composition_of_all():
     assert report.epsilon_everywhere() > report.worst.epsilon
     assert "all 2 nodes" in str(report)
     assert "this run only" not in str(report)
+
+
+HOSTILE = {
+    "many sampled releases": [Composed(PoissonSampled(1e-3, Gaussian(1.0)), 10**7)],
+    "many kinds": [PoissonSampled(0.01 + i / 1000, Gaussian(1 + i / 100)) for i in range(12)],
+    "more kinds": [PoissonSampled(0.01 + i / 1e4, Gaussian(1 + i / 100)) for i in range(300)],
+    "kinds without a curve": [
+        PoissonSampled(0.01 + i / 1e4, Laplace(1 + i / 100)) for i in range(300)
+    ],
+    "counts beyond any run": [Composed(PoissonSampled(0.5, Gaussian(1.0)), 10**300)],
+}
+
+
+@pytest.mark.parametrize("kind", list(HOSTILE))
+def test_a_hostile_claim_is_priced_without_privacy_losses_and_never_below_the_truth(
+    kind, monkeypatch
+):
+    """What takes long is to compose privacy losses: 10^7 releases took 25 seconds."""
+    events = HOSTILE[kind]
+
+    def refuse(*_):
+        raise AssertionError("privacy losses were composed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accountant.pld, "compose", refuse)
+        text = json.dumps([event.to_json() for event in events])
+        found = NodeClaim.from_record(claim_record(epsilon=0.0, events=text)).epsilon
+    assert math.isfinite(found)
+    # A part of it, priced exactly, costs less.
+    part = [Composed(events[0].event, 1000)] if len(events) == 1 else events[:3]
+    exact = epsilon(part, delta=1e-4, relation=Relation.ADD_OR_REMOVE_ONE)
+    assert found > exact
+    if kind == "many kinds":
+        whole = epsilon(events, delta=1e-4, relation=Relation.ADD_OR_REMOVE_ONE)
+        assert whole < found < 3 * whole
+
+
+def test_a_claim_of_more_events_than_any_node_has_kinds_of_is_no_claim(caplog):
+    text = json.dumps([Gaussian(1.0).to_json()] * 50_000)
+    assert read_claim(1, claim_record(events=text)) is None
+    assert "counts as a dropout" in caplog.text
 
 
 def test_claims_under_different_relations_do_not_compose():

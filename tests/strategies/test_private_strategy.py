@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord
 from scipy import stats
 
 from dpfl_flower.accounting import (
+    BudgetExhausted,
     CappedPoissonSampling,
     EveryoneSampling,
     FixedSizeSampling,
@@ -16,6 +17,7 @@ from dpfl_flower.accounting import (
     PoissonSampled,
     PoissonSampling,
     PrivacyBudget,
+    calibrate,
     epsilon,
 )
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
@@ -292,10 +294,11 @@ def test_each_round_tells_the_power_of_the_signal_from_released_values_and_known
         tolerance = 8 * math.sqrt((2 + 4 * expected) / size)
         assert result.signal_to_noise[1] == pytest.approx(expected, abs=tolerance + 0.02 * expected)
         assert f"signal-to-noise {result.signal_to_noise[1]:.2g}, about" in caplog.text
-        # From what was released alone: anybody who sees the model can tell as much.
+        # From what was released alone: anybody who sees the model can tell as much, but for the
+        # 1 % by which rounding may enlarge the noise.
         released = flat(result.arrays)
         again = max(0.0, released @ released / size / (noise * 10.0 / NODES) ** 2 - 1)
-        assert result.signal_to_noise[1] == pytest.approx(again, rel=0.02, abs=1e-4)
+        assert result.signal_to_noise[1] == pytest.approx(again, rel=0.02, abs=0.03)
 
 
 def test_without_noise_there_is_nothing_to_compare_the_signal_with():
@@ -304,6 +307,33 @@ def test_without_noise_there_is_nothing_to_compare_the_signal_with():
 
 
 # Dropouts and failures.
+
+
+def test_a_ledger_with_a_sliver_left_says_how_little(tmp_path):
+    budget = PrivacyBudget(epsilon=2.0, delta=1e-5)
+    for share, about in ((0.9999, "0.000"), (1.0, "0 of 2")):
+        path = tmp_path / f"{share}.jsonl"
+        multiplier = calibrate(budget_of(budget, share), None, rounds=1)
+        first = strategy(noise_multiplier=multiplier, budget=budget, ledger=path)
+        first.start(RecordingGrid(adding(0.1), NODES), model(), 1)
+        before = path.read_bytes()
+        second = strategy(noise_multiplier=None, budget=budget, ledger=path)
+        with pytest.raises(BudgetExhausted, match=f"leaves about epsilon {about}.* of 2") as said:
+            second.start(RecordingGrid(adding(0.1), NODES), model(), 5)
+        assert "num_rounds=5" in str(said.value)
+        assert path.read_bytes() == before
+
+
+def test_a_budget_that_was_always_too_small_is_no_matter_of_the_ledger():
+    tiny = PrivacyBudget(epsilon=1e-6, delta=1e-5)
+    with pytest.raises(ValueError, match=r"noise_multiplier=.* needs a finer grid"):
+        strategy(noise_multiplier=None, budget=tiny).start(
+            RecordingGrid(adding(0.1), NODES), model(), 5
+        )
+
+
+def budget_of(budget, share):
+    return PrivacyBudget(epsilon=budget.epsilon * share, delta=budget.delta)
 
 
 def test_a_run_that_gives_up_hands_over_what_it_had_released_and_spent(tmp_path):
@@ -319,8 +349,8 @@ def test_a_run_that_gives_up_hands_over_what_it_had_released_and_spent(tmp_path)
     sent = config_of(grid.pushed[-1])["server-round"]
     assert sent == 3
     assert not np.array_equal(flat(result.arrays), flat(grid.pushed[-1].content["arrays"]))
-    one = Gaussian(1.0)
-    assert result.privacy.epsilon == pytest.approx(epsilon([one] * 3, delta=1e-5), rel=1e-3)
+    expected = epsilon([Gaussian(1.0)] * 3, delta=1e-5, relation="add-or-remove-one")
+    assert result.privacy.epsilon == pytest.approx(expected, rel=1e-3)
     assert set(result.signal_to_noise) == {1, 2, 3}
 
 

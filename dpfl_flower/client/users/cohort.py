@@ -26,7 +26,7 @@ from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.users.closed_form import ClosedFormEngine, LocalUpdate
 from dpfl_flower.client.users.engine import Chunk, Engine, UserEngine
 from dpfl_flower.client.users.model import ModelFn
-from dpfl_flower.client.users.registry import Member, UserRegistry, Users, as_records
+from dpfl_flower.client.users.registry import Member, UserRegistry, Users
 from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.client.users.selection import select_engine
 from dpfl_flower.client.users.training import LocalTraining
@@ -55,9 +55,11 @@ class UserCohort:
 
     Parameters
     ----------
-    users : mapping, sequence or LazyUsers
-        Each user's data: the model's inputs and the targets, tensors or numpy arrays with one row
-        per record; for a closed form whatever that takes.
+    users : mapping or LazyUsers
+        Each user's data by the user's own name: the model's inputs and the targets, tensors or
+        numpy arrays with one row per record; for a closed form whatever that takes. Names seed
+        shuffling, so a name must not depend on who else is registered: a list is refused, because
+        whoever leaves it renames those behind.
     model_fn : callable, with ``training``
         Builds the model; its ``state_dict`` has the global arrays' names.
     training : LocalTraining, with ``model_fn``
@@ -66,17 +68,19 @@ class UserCohort:
         The app's own training of one user: ``local_update(global_arrays, user_data) -> arrays``.
     engine : Engine
         How users are trained; by default whatever is faster for this model.
-    example : sequence of Tensor or array, or None
-        Inputs and target of one record, of which only shapes and dtypes count. They are public
-        constants and decide, with the model, how users are trained. None: as those of the first
-        registered user who has a record.
+    example : sequence of Tensor or array, with ``model_fn``
+        Inputs and target of one made-up record, of which only shapes and dtypes count. They are
+        public constants and decide, with the model, how users are trained; taken from somebody's
+        records, that user's would decide how everybody is. A user whose records look otherwise is
+        trained alone or, where the model cannot take them, contributes zeros.
     device : str, torch.device or None
         None: ``"cuda"`` where there is one, else ``"cpu"``.
     obeys_lists : bool
-        Whether a request may name the users. Only for simulations: whoever names a single user
-        reads that user's update.
+        Whether this is a simulation, in which a request may name the users and coins may follow a
+        seed. On a real node whoever names a single user reads that user's update.
     rng : RandomSource or None
-        Of the coins; the operating system's by default.
+        Of the coins; the operating system's by default. One that anybody could know protects
+        nobody, so sampling would not amplify anything: refused but in a simulation.
 
     Raises
     ------
@@ -102,10 +106,20 @@ class UserCohort:
                 f"model_fn={model_fn!r} and training={training!r}, or local_update="
                 f"{local_update!r}: one or the other must be given"
             )
+        if model_fn is not None and example is None:
+            raise ValueError(
+                "example=None must be given with model_fn: inputs and target of one made-up "
+                "record, since no user's records may decide how the others are trained"
+            )
+        if rng is not None and not rng.protects and not obeys_lists:
+            raise ValueError(
+                f"rng={rng!r} must protect: coins that follow a seed amplify nothing. Leave it "
+                "out, or say obeys_lists=True for a simulation"
+            )
         self._registry = UserRegistry(users)
         self._model_fn, self._training, self._local_update = model_fn, training, local_update
         self._kind = Engine(engine)
-        self._shapes = None if example is None else [_as_tensor(part) for part in example]
+        self._example = [_as_tensor(part) for part in example or ()]
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._obeys_lists = obeys_lists
         self._rng = secure() if rng is None else rng
@@ -154,11 +168,8 @@ class UserCohort:
         with self._turn:
             members = self._draw(request)
             engine = self._engine or self._build(global_arrays)
-            if engine is not None:
-                for update in engine.updates(
-                    members, global_arrays, server_round=request.server_round
-                ):
-                    bounded.add(update.values, update.reference)
+            for update in engine.updates(members, global_arrays, server_round=request.server_round):
+                bounded.add(update.values, update.reference)
         return bounded.total
 
     def _draw(self, request: CohortRequest) -> list[Member]:
@@ -174,21 +185,18 @@ class UserCohort:
         coins = self._rng.coins(request.sampling_rate, len(registry))
         return [registry[position] for position in np.flatnonzero(coins).tolist()]
 
-    def _build(self, global_arrays: Mapping[str, Array]) -> UserEngine | None:
-        """Build the engine, which needs to know what a record looks like; None: nobody has one."""
+    def _build(self, global_arrays: Mapping[str, Array]) -> UserEngine:
+        """Build the engine, from public constants alone."""
         if self._local_update is not None:
             self._engine = ClosedFormEngine(self._local_update)
             return self._engine
         assert self._model_fn is not None and self._training is not None
-        example = self._example()
-        if example is None:
-            return None
         self._engine = select_engine(
             self._kind,
             self._model_fn,
             self._training,
             device=self._device,
-            example=example,
+            example=self._example,
             global_arrays=global_arrays,
         )
         chunk = self._engine.chunk
@@ -199,18 +207,6 @@ class UserCohort:
             chunk.bytes / 2**20,
         )
         return self._engine
-
-    def _example(self) -> list[Tensor] | None:
-        if self._shapes is not None:
-            return self._shapes
-        for member in self._registry:
-            try:
-                data = as_records(member.load())
-            except Exception:  # noqa: S112 - said when the user is drawn
-                continue
-            if len(data[0]):
-                return [torch.empty_like(part[0]) for part in data]
-        return None
 
 
 def _as_tensor(part: Tensor | NDArray[Any]) -> Tensor:

@@ -31,7 +31,8 @@ class LazyUsers:
         ``user_data(i)`` returns what a mapping would hold for that user. Called again each time
         the user takes part.
     count : int
-        How many users there are.
+        How many places there are, a public constant. A number is a name and stays with its user:
+        who leaves leaves an empty place (no records, or an exception), and nobody moves up.
     """
 
     user_data: Callable[[int], Any]
@@ -41,8 +42,8 @@ class LazyUsers:
         checks.non_negative_int(count=self.count)
 
 
-Users = Mapping[Any, Any] | Sequence[Any] | LazyUsers
-"""A mapping from name (int or str) to data, data in the order of names 0, 1, ..., or lazily."""
+Users = Mapping[Any, Any] | LazyUsers
+"""A mapping from name (int or str) to data, or lazily."""
 
 
 @final
@@ -61,7 +62,7 @@ class UserRegistry(Sequence[Member]):
     Raises
     ------
     ValueError
-        When a mapping's keys are not all int or all str.
+        When a mapping's keys are not all int or all str, or when users come without names.
     """
 
     def __init__(self, users: Users) -> None:
@@ -72,8 +73,13 @@ class UserRegistry(Sequence[Member]):
             kinds = {type(name) for name in self._names}
             if not (kinds <= {int} or kinds <= {str}):
                 raise ValueError(f"users have keys of {kinds}, must be all int or all str")
+        elif isinstance(users, LazyUsers):
+            self._names = range(users.count)
         else:
-            self._names = range(users.count if isinstance(users, LazyUsers) else len(users))
+            raise ValueError(
+                f"users={type(users).__name__} must be a mapping from names to data, or LazyUsers: "
+                "in a list, whoever leaves would rename those behind"
+            )
 
     def __len__(self) -> int:
         return len(self._names)

@@ -16,7 +16,7 @@ from dpfl_flower.quantize import IntegerGrid
 from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies import DPFedAvg
 from tests.support.node import all_bytes, context, message
-from tests.support.users import global_arrays, mlp, recipe, records_of, request_for
+from tests.support.users import example_of, global_arrays, mlp, recipe, records_of, request_for
 
 SECRET = "patient-4711-8.31415926"
 BUILT = []
@@ -138,7 +138,13 @@ def test_metrics_are_answered_with_a_code():
 def nodes_of_many(ctx):
     part, parts = ctx.node_config["partition-id"], ctx.node_config["num-partitions"]
     users = {user: records_of(mlp, 5 + user, user) for user in range(part, 12, parts)}
-    return UserCohort(users, model_fn=mlp, training=recipe(shuffle=False), device="cpu")
+    return UserCohort(
+        users,
+        model_fn=mlp,
+        training=recipe(shuffle=False),
+        example=example_of(mlp),
+        device="cpu",
+    )
 
 
 def run(fn, num_nodes, rounds=3):
@@ -167,7 +173,7 @@ def test_a_request_reaches_the_node_as_the_strategy_meant_it():
     seen = []
 
     def spy(ctx):
-        return UserCohort([], local_update=update)
+        return UserCohort({}, local_update=update)
 
     spied = user_cohort_app(spy, mods=[lambda m, c, n: (seen.append(m.content), n(m, c))[1]])
     strategy = DPFedAvg(

@@ -14,7 +14,7 @@ from dpfl_flower.client.users import Engine, LazyUsers, UserCohort
 from dpfl_flower.client.users.registry import UserRegistry
 from dpfl_flower.clipping import Norm
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
-from dpfl_flower.rng import SeededRandom
+from dpfl_flower.rng import SeededRandom, secure
 from tests.support.users import (
     cnn,
     dimension,
@@ -188,7 +188,9 @@ def test_both_engines_answer_the_same_but_for_rounding():
 
 def counting(count):
     """Users who each add one, in a closed form: the sum tells how many took part."""
-    return UserCohort([1.0] * count, local_update=lambda arrays, one: {"x": arrays["x"] + one})
+    return UserCohort(
+        dict.fromkeys(range(count), 1.0), local_update=lambda arrays, one: {"x": arrays["x"] + one}
+    )
 
 
 def took_part(cohort, *, rate, server_round=1):
@@ -229,7 +231,10 @@ def test_coins_are_fresh_for_every_message_also_of_the_same_round():
 def test_everybody_joins_at_rate_one_and_a_seeded_source_repeats():
     assert took_part(counting(50), rate=1.0) == 50
     kwargs = {"local_update": lambda arrays, one: {"x": arrays["x"] + one}}
-    first, again = (UserCohort([1.0] * 50, rng=SeededRandom(3), **kwargs) for _ in range(2))
+    users = dict.fromkeys(range(50), 1.0)
+    first, again = (
+        UserCohort(users, rng=SeededRandom(3), obeys_lists=True, **kwargs) for _ in range(2)
+    )
     assert took_part(first, rate=0.5) == took_part(again, rate=0.5)
 
 
@@ -263,7 +268,7 @@ def test_a_closed_form_is_bounded_and_isolated_like_any_training():
         return {"a": given["a"] + step, "count": np.array(9), "b": given["b"] - step}
 
     def answer(*data):
-        return UserCohort(list(data), local_update=solve).answer(
+        return UserCohort(dict(enumerate(data)), local_update=solve).answer(
             request_for(4, grid=grid, clip_norm=1.0), arrays
         )
 
@@ -278,18 +283,56 @@ def test_a_closed_form_is_bounded_and_isolated_like_any_training():
 
 
 def test_a_node_without_a_single_record_answers_zeros():
-    for users in ([], {}, LazyUsers(lambda i: None, 3), people(mlp, (0, 0))):
-        cohort = cohort_of(users, example=None)
+    for users in ({}, LazyUsers(lambda i: None, 3), people(mlp, (0, 0))):
+        cohort = cohort_of(users, engine="loop")
         assert not cohort.answer(ask(grids(4130)["indicator"]), global_arrays(mlp)).any()
-        assert cohort.chunk is None
+        assert cohort.population == len(users if isinstance(users, dict) else range(3))
 
 
-def test_the_shape_of_a_record_is_taken_from_the_first_who_has_one():
-    users = [None, records_of(mlp, 0, 1), records_of(mlp, 4, 2)]
-    cohort = cohort_of(users, example=None)
-    assert cohort.answer(ask(grids(4130)["plain"]), global_arrays(mlp)).any()
-    assert cohort.population == 3
-    assert cohort.chunk.users == 64
+@pytest.mark.parametrize("kind", ["another shape", "half", "integers", "no tensors"])
+def test_an_odd_first_user_changes_neither_the_engine_nor_anybody_elses_contribution(kind):
+    arrays, grid = global_arrays(mlp), grids(4130)["indicator"]
+    users = people(mlp, (3, 5, 9))
+    expected = cohort_of(users).answer(listing(grid, (1, 2)), arrays)
+    odd_first = cohort_of(users | {0: HOSTILE[kind](*users[0])})
+    moved = odd_first.answer(ask(grid), arrays) - expected
+    assert type(odd_first._engine).__name__ == "StackedEngine"
+    assert length(moved, grid) <= grid.sensitivity_units
+    assert not moved.any()
+
+
+def test_who_leaves_an_empty_place_moves_nobody_elses_contribution():
+    # Shuffling is seeded by name, and a place's number stays its user's.
+    arrays, grid = global_arrays(mlp), grids(4130)["indicator"]
+    users = people(mlp)
+
+    def leaving(i):
+        if i == 2:
+            raise LookupError
+        return users[i]
+
+    full = LazyUsers(lambda i: users[i], len(users))
+    everybody = cohort_of(full, engine="loop").answer(ask(grid), arrays)
+    alone = shared(mlp, "loop").answer(listing(grid, {2}), arrays)
+    rest = cohort_of(LazyUsers(leaving, len(users)), engine="loop").answer(ask(grid), arrays)
+    np.testing.assert_array_equal(everybody - rest, alone)
+    # The test sees renaming: had those behind moved up, their contributions would be others.
+    moved_up = cohort_of({i - (i > 2): u for i, u in users.items() if i != 2}, engine="loop")
+    assert (moved_up.answer(ask(grid), arrays) != rest).any()
+
+
+def test_users_without_names_are_refused():
+    for users in ([1.0], (1.0,), range(3)):
+        with pytest.raises(ValueError, match="must be a mapping from names to data, or LazyUsers"):
+            UserCohort(users, local_update=lambda arrays, one: arrays)
+
+
+def test_coins_that_follow_a_seed_are_for_simulations_only():
+    kwargs = {"local_update": lambda arrays, one: arrays}
+    with pytest.raises(ValueError, match=r"rng=.* must protect: coins that follow a seed"):
+        UserCohort({}, rng=SeededRandom(3), **kwargs)
+    assert UserCohort({}, rng=SeededRandom(3), obeys_lists=True, **kwargs).population == 0
+    assert UserCohort({}, rng=secure(), **kwargs).population == 0
 
 
 @pytest.mark.parametrize(
@@ -299,6 +342,7 @@ def test_the_shape_of_a_record_is_taken_from_the_first_who_has_one():
         ({"training": None}, "training=None"),
         ({"local_update": lambda a, d: a}, "local_update="),
         ({"engine": "fast"}, "fast"),
+        ({"example": None}, "example=None must be given with model_fn"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(changes, culprit):
