@@ -7,13 +7,20 @@ ValueError: clip_norm=0.0 must be a finite number > 0
 """
 
 import math
+from enum import StrEnum
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def _number(value: Any) -> bool:
-    real = isinstance(value, Real) and not isinstance(value, (bool, str))
-    return real and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _whole(value: Any) -> bool:
@@ -71,3 +78,49 @@ def at_most(bound: float, **values: Any) -> None:
     for name, value in values.items():
         if not (_number(value) and value <= bound):
             _fail(name, value, f"<= {bound!r}")
+
+
+def at_least(bound: float, **values: Any) -> None:
+    """Raise ValueError unless every keyword is a finite number >= ``bound``."""
+    for name, value in values.items():
+        if not (_number(value) and value >= bound):
+            _fail(name, value, f"a finite number >= {bound!r}")
+
+
+def name(**values: Any) -> None:
+    """Raise ValueError unless every keyword is a text that is not empty."""
+    for key, value in values.items():
+        if not (isinstance(value, str) and value):
+            _fail(key, value, "a text that is not empty")
+
+
+def choice(kind: type[Choice], **values: Any) -> Choice:
+    """Return the member of ``kind`` that the one keyword names; ValueError lists what it may be.
+
+    >>> class Colour(StrEnum):
+    ...     RED = "red"
+    >>> choice(Colour, colour="blue")
+    Traceback (most recent call last):
+        ...
+    ValueError: colour='blue' must be one of ['red']
+    """
+    ((name, value),) = values.items()
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = [str(member) for member in kind]
+        raise ValueError(f"{name}={value!r} must be one of {allowed}") from None
+
+
+def instance(*kinds: type, **values: Any) -> None:
+    """Raise ValueError unless every keyword is an instance of one of ``kinds``."""
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            _fail(name, value, "a " + " or a ".join(kind.__name__ for kind in kinds))
+
+
+def callables(**values: Any) -> None:
+    """Raise ValueError unless every keyword can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            _fail(name, value, "a callable")

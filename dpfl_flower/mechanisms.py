@@ -145,7 +145,9 @@ class GaussianMechanism(Mechanism):
 
     def __post_init__(self) -> None:
         checks.positive(clip_norm=self.clip_norm)
-        object.__setattr__(self, "relation", Relation(self.relation))
+        checks.at_least(1, max_inflation=self.max_inflation)
+        object.__setattr__(self, "relation", checks.choice(Relation, relation=self.relation))
+        checks.instance(float, int, noise_multiplier=self.noise_multiplier)
         if not math.isnan(self.noise_multiplier):
             if self.epsilon is not None or self.delta is not None:
                 raise ValueError(
@@ -178,7 +180,7 @@ class GaussianMechanism(Mechanism):
 @final
 @dataclass(frozen=True)
 class LaplaceMechanism(Mechanism):
-    """The Laplace mechanism: L1 clipping and rounded Laplace noise; delta is 0.
+    """The Laplace mechanism: L1 clipping, rounded Laplace noise; delta is :meth:`sampling_delta`.
 
     Scale ``b = sensitivity / epsilon``: Dwork, McSherry, Nissim, Smith, TCC 2006, Proposition 1.
     An L2 bound C on d entries is an L1 bound of ``sqrt(d) C`` only.
@@ -208,7 +210,8 @@ class LaplaceMechanism(Mechanism):
 
     def __post_init__(self) -> None:
         checks.positive(epsilon=self.epsilon, clip_norm=self.clip_norm)
-        object.__setattr__(self, "relation", Relation(self.relation))
+        checks.at_least(1, max_inflation=self.max_inflation)
+        object.__setattr__(self, "relation", checks.choice(Relation, relation=self.relation))
 
     @property
     def noise_multiplier(self) -> float:

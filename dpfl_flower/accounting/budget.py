@@ -9,10 +9,11 @@ Traceback (most recent call last):
 ValueError: delta=1e-05 must be < 1/population = 1e-05 for a population of 100000
 """
 
+import math
 from dataclasses import dataclass
 
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
-from dpfl_flower.checks import positive, positive_int, probability
+from dpfl_flower.checks import choice, positive, positive_int, probability
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class PrivacyBudget:
     epsilon : float
         Finite and > 0.
     delta : float
-        Strictly between 0 and 1, and to be below 1/population: see `check_population`.
+        Strictly between 0 and 1, and to be below 1/population: see `check_population`. Always to be
+        given: an epsilon without its delta says nothing.
     unit : PrivacyUnit
         Whom the budget protects; the enum or its value.
     relation : Relation
@@ -37,17 +39,22 @@ class PrivacyBudget:
     """
 
     epsilon: float
-    delta: float
+    delta: float = math.nan
     unit: PrivacyUnit = PrivacyUnit.NODE
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
 
     def __post_init__(self) -> None:
         positive(epsilon=self.epsilon)
+        if isinstance(self.delta, float) and math.isnan(self.delta):
+            raise ValueError(
+                f"delta={self.delta!r} must be given, strictly between 0 and 1: an epsilon without "
+                "its delta says nothing"
+            )
         probability(delta=self.delta)
         object.__setattr__(self, "epsilon", float(self.epsilon))
         object.__setattr__(self, "delta", float(self.delta))
-        object.__setattr__(self, "unit", PrivacyUnit(self.unit))
-        object.__setattr__(self, "relation", Relation(self.relation))
+        object.__setattr__(self, "unit", choice(PrivacyUnit, unit=self.unit))
+        object.__setattr__(self, "relation", choice(Relation, relation=self.relation))
 
     def __str__(self) -> str:
         return (

@@ -10,7 +10,7 @@ noise from a seeded generator stays what it is.
 >>> release = GaussianPrivacyEvent(noise_multiplier=5.0, sample_size=10, population_size=100)
 >>> accountant.compose(release, count=3)
 >>> round(accountant.get_privacy_spent().epsilon, 3)
-1.326
+2.876
 """
 
 from collections.abc import Mapping
@@ -208,7 +208,19 @@ class LedgerAccountant:
             case SamplingMethod.WITHOUT_REPLACEMENT:
                 return FixedSizeSampled(event.population_size, event.sample_size, release)
             case SamplingMethod.NO_AMPLIFICATION:
-                return release
+                return self._unamplified(event)
+
+    def _unamplified(self, event: GaussianPrivacyEvent) -> Event:
+        """Price a cohort that Flower drew: with less than everyone, a node that leaves makes room.
+
+        Another one takes its place, so that under add-or-remove-one the sum moves by two clip
+        norms; under replace-one that is counted already.
+        """
+        moved = 1.0
+        removed = self._ledger.relation is Relation.ADD_OR_REMOVE_ONE
+        if removed and event.sample_size < event.population_size:
+            moved = 2.0
+        return Gaussian(event.noise_multiplier / moved)
 
     def _spent(self) -> str:
         return str(self._ledger.spent())

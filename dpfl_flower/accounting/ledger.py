@@ -31,7 +31,7 @@ from dpfl_flower.accounting.plan import Plan
 from dpfl_flower.accounting.statement import PrivacyStatement
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
-from dpfl_flower.checks import non_negative, non_negative_int, positive_int
+from dpfl_flower.checks import choice, non_negative, non_negative_int, positive_int
 
 __all__ = ["Ledger", "LedgerPosition", "Plan"]
 
@@ -102,7 +102,12 @@ class Ledger:
         LedgerError
             If it is about another data set, unit, relation or delta, or has a smaller budget.
         """
-        terms = LedgerTerms(dataset, delta, PrivacyUnit(unit), Relation(relation))
+        terms = LedgerTerms(
+            dataset,
+            delta,
+            choice(PrivacyUnit, unit=unit),
+            choice(Relation, relation=relation),
+        )
         if budget is not None:
             terms.check_budget(budget)
         non_negative(wait_seconds=wait_seconds)
@@ -127,7 +132,12 @@ class Ledger:
         budget: PrivacyBudget | None = None,
     ) -> Self:
         """Return a ledger that forgets: it can only speak for "this run only"."""
-        terms = LedgerTerms(dataset, delta, PrivacyUnit(unit), Relation(relation))
+        terms = LedgerTerms(
+            dataset,
+            delta,
+            choice(PrivacyUnit, unit=unit),
+            choice(Relation, relation=relation),
+        )
         ledger = cls(terms, file=None, budget=budget)
         ledger._append(terms.header(budget))
         return ledger
@@ -370,6 +380,8 @@ class Ledger:
                 self._take(entry)
         except LedgerTampered as error:
             raise LedgerTampered(f"{self._name} {error}") from None
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as damaged:
+            raise LedgerTampered(f"{self._name} is damaged: {type(damaged).__name__}") from damaged
         # The first line is confirmed before a second one is written.
         begun = len(chain.entries) > 1 or len(data) > chain.position.length
         if confirmed is None and begun and not accept_missing_head:
@@ -397,5 +409,6 @@ class Ledger:
         elif given.epsilon > recorded:
             raise LedgerError(
                 f"{self._name} has a budget of epsilon {recorded}, it was opened for "
-                f"{given.epsilon}: raise it deliberately with raise_budget=True"
+                f"{given.epsilon}: raise it deliberately, once, with "
+                "Ledger.open(path, ..., raise_budget=True)"
             )

@@ -156,7 +156,7 @@ class LedgerFile:
         try:
             found = json.loads(content)
             return LedgerPosition(length=int(found["length"]), head=str(found["head"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise LedgerTampered(
                 f"{self.sidecar} is not a ledger's sidecar but {content[:80]!r}: put it back"
             ) from None

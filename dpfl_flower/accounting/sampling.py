@@ -316,7 +316,10 @@ class CustomSampling(Sampling, ABC):
     """Any other rule: cyclic, with replacement, whoever is online. Priced without amplification.
 
     Subclass it, implement `draw`, `population` and `expected_cohort`, and return each unit at most
-    once. No proof of amplification is known for an arbitrary rule, so none is claimed.
+    once. No proof of amplification is known for an arbitrary rule, so none is claimed. Nor may a
+    unit be added or removed: where the rule looks at who is registered, one unit more or less may
+    change the whole cohort. Who is registered is public here; what is protected is a unit's data,
+    replaced or zeroed in its place.
     """
 
     @property
@@ -331,8 +334,8 @@ class CustomSampling(Sampling, ABC):
 
     @final
     def supports(self, relation: Relation) -> bool:
-        """Return True: a release without amplification has a price under every relation."""
-        return relation in Relation
+        """Return False for add-or-remove-one: the rule may answer it with another cohort."""
+        return relation in (Relation.REPLACE_ONE, Relation.ZERO_OUT)
 
 
 def _check_registry(nodes: list[int], population: int) -> None:

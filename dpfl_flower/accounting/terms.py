@@ -16,7 +16,7 @@ from typing import Any, Self
 from dpfl_flower.accounting.budget import PrivacyBudget
 from dpfl_flower.accounting.errors import LedgerError, LedgerTampered
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
-from dpfl_flower.checks import probability
+from dpfl_flower.checks import choice, probability
 
 _FORMAT = "dpfl-ledger-1"
 _FIELDS = ("dataset", "delta", "unit", "relation")
@@ -36,8 +36,8 @@ class LedgerTerms:
         if not self.dataset or not isinstance(self.dataset, str):
             raise ValueError(f"dataset={self.dataset!r} must be a name")
         object.__setattr__(self, "delta", float(self.delta))
-        object.__setattr__(self, "unit", PrivacyUnit(self.unit))
-        object.__setattr__(self, "relation", Relation(self.relation))
+        object.__setattr__(self, "unit", choice(PrivacyUnit, unit=self.unit))
+        object.__setattr__(self, "relation", choice(Relation, relation=self.relation))
 
     def header(self, budget: PrivacyBudget | None) -> dict[str, Any]:
         """Return the first line of a ledger with these terms."""

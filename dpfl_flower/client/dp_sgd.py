@@ -212,7 +212,7 @@ class DPSGDClient(NumPyClient):
                 noise_multiplier=charged,
                 epsilon=spent_after,
                 delta=ledger.delta,
-                durable=ledger.durable,
+                durable=ledger.durable and self._ledger.chosen_by_node,
             )
             ledger.plan(run, step, config.planned_steps, max_charge=config.steps_per_round)
             ledger.charge(run, config.steps_per_round)

@@ -82,7 +82,7 @@ class ModelRefused(NodeError, ValueError):
         super().__init__(NodeErrorCode.MODEL_REFUSED, detail)
 
 
-def answer(error: Exception, *, reply_to: Message) -> Message:
+def answer(error: BaseException, *, reply_to: Message) -> Message:
     """Log ``error`` on this node and answer ``reply_to`` with a fixed code."""
     code = error.code if isinstance(error, NodeError) else NodeErrorCode.CLIENT_FAILED
     logger.error(
@@ -111,7 +111,7 @@ def guarded(function: ClientAppCallable) -> ClientAppCallable:
     def without_details(message: Message, context: Context) -> Message:
         try:
             return function(message, context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
             return answer(error, reply_to=message)
 
     return without_details

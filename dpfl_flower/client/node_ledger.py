@@ -55,6 +55,9 @@ class NodeLedger:
         Names the run whose plan is charged.
     wait_seconds : float
         How long to wait for another process that has the file.
+    chosen_by_node : bool
+        Whether whoever runs the node chose ``path``. Only such a ledger holds a node's own policy:
+        one that the app or the server names starts from zero wherever they name another.
     state : RecordDict
         Where a ledger without a file stays between two messages of a run.
     """
@@ -63,6 +66,7 @@ class NodeLedger:
     path: str | os.PathLike[str] | None = field(default=None, kw_only=True)
     run: str = field(default="local", kw_only=True)
     wait_seconds: float = field(default=_WAIT_SECONDS, kw_only=True)
+    chosen_by_node: bool = field(default=False, kw_only=True)
     state: RecordDict = field(default_factory=RecordDict, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class NodeLedger:
             path=path if configured is None else str(configured),
             run=f"flower-run-{context.run_id}",
             wait_seconds=wait_seconds,
+            chosen_by_node=configured is not None,
             state=context.state,
         )
 

@@ -29,7 +29,8 @@ class NodePolicy:
     max_epsilon : float, optional
         The node refuses a round after which its data set would have spent more, over all runs in
         its ledger, at the delta and under the relation of that ledger; and every round without a
-        durable ledger, which would start from zero in each run.
+        ledger that ``ledger-path`` names, in its own config: any other could start from zero in
+        each run.
     max_delta : float, optional
         The largest delta of a ledger at which ``max_epsilon`` means anything to the node: the two
         are given together.
@@ -81,8 +82,8 @@ class NodePolicy:
     ) -> None:
         """Raise unless this node trains with ``noise_multiplier``, up to ``epsilon`` in all.
 
-        ``delta`` and ``durable`` are those of the ledger that the epsilon was read from; without
-        them nothing is within ``max_epsilon``.
+        ``delta`` is that of the ledger that the epsilon was read from, ``durable`` whether the node
+        chose that ledger and it outlives the run; without them nothing is within ``max_epsilon``.
 
         Raises
         ------
@@ -97,8 +98,8 @@ class NodePolicy:
             return
         if not durable:
             raise _refused(
-                f"{records.MAX_EPSILON}={most!r} needs a ledger that outlives the run: set "
-                f"{records.LEDGER_PATH}"
+                f"{records.MAX_EPSILON}={most!r} needs a ledger that outlives the run, where this "
+                f"node wants it: set {records.LEDGER_PATH} in the node config"
             )
         if not delta <= self.max_delta:
             raise _refused(f"delta={delta!r} must be <= {self.max_delta!r}")

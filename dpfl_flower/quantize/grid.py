@@ -87,7 +87,7 @@ class IntegerGrid:
         checks.at_most(LARGEST_SENSITIVITY_UNITS, sensitivity_units=self.sensitivity_units)
         checks.at_most(self.sensitivity_units, clip_units=self.clip_units)
         object.__setattr__(self, "norm", Norm(self.norm))
-        object.__setattr__(self, "rounding", Rounding(self.rounding))
+        object.__setattr__(self, "rounding", checks.choice(Rounding, rounding=self.rounding))
         if self.indicator_units and self.norm is not Norm.L2:
             raise ValueError(f"indicator_units={self.indicator_units} must be 0 for norm=l1")
 
@@ -156,7 +156,8 @@ class IntegerGrid:
         """
         checks.non_negative(noise_multiplier=noise_multiplier)
         checks.positive_int(dimension=dimension)
-        norm, rounding = Norm(norm), Rounding(rounding)
+        norm = checks.choice(Norm, norm=norm)
+        rounding = checks.choice(Rounding, rounding=rounding)
         if not (math.isfinite(max_inflation) and max_inflation > 1):
             raise ValueError(f"max_inflation={max_inflation!r} must be a finite number > 1")
         if indicator_noise is not None:

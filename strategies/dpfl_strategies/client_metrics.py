@@ -75,7 +75,7 @@ class MetricsGate:
         train_metrics_aggr_fn: AggregateMetrics | None = None,
         evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
     ) -> None:
-        self._policy = ClientMetrics(policy)
+        self._policy = checks.choice(ClientMetrics, metrics=policy)
         checks.fraction(fraction_evaluate=fraction_evaluate)
         own = train_metrics_aggr_fn or evaluate_metrics_aggr_fn
         if not self.open and own is not None:

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,6 +17,9 @@ from dpfl_flower.accounting.accountant import quick_epsilon, require_supported
 from dpfl_flower.accounting.statement import rounded_up
 
 log = logging.getLogger("flwr.dpfl")
+
+_SAME_PRICE: Final = 1e-6
+"""By how much two pricings of the same events may differ."""
 
 _LONGEST_CLAIM: Final = 1 << 20
 """Characters of a claim's events; an honest node lists each kind of release once."""
@@ -89,21 +92,56 @@ class NodeClaim:
     def after(self, earlier: "NodeClaim | None") -> "NodeClaim":
         """Return this claim together with what the node claimed before the server was restarted.
 
-        A durable claim covers all of it already; any other began anew, and composes.
+        A durable claim covers all of it already; any other began anew, and composes: by its events
+        where they explain the claim, else in the plainest way, epsilons and deltas added.
         """
         if earlier is None or self.durable:
             return self
+        both = (earlier, self)
         return dataclasses.replace(
             self,
-            claimed=max(self.claimed, earlier.claimed),
-            delta=max(self.delta, earlier.delta),
+            claimed=_composed_epsilon(both, _composed_delta(both)),
+            delta=_composed_delta(both),
             events=earlier.events + self.events,
         )
 
     @property
     def epsilon(self) -> float:
         """The larger of what the node wrote and what its events cost when priced here."""
-        return max(self.claimed, _priced(self.events, self.delta, self.relation))
+        return max(self.claimed, self._price)
+
+    @property
+    def explained(self) -> bool:
+        """Whether its events cost what the node wrote; else there is more than it tells."""
+        return self.claimed <= self._price * (1 + _SAME_PRICE)
+
+    @property
+    def _price(self) -> float:
+        return _priced(self.events, self.delta, self.relation)
+
+
+def _composed_delta(claims: Collection[NodeClaim]) -> float:
+    """Return the delta at which claims compose: the events' own, and those of the others added."""
+    explained = max((claim.delta for claim in claims if claim.explained), default=0.0)
+    return explained + sum(claim.delta for claim in claims if not claim.explained)
+
+
+def _composed_epsilon(claims: Collection[NodeClaim], delta: float) -> float:
+    """Return epsilon of all claims together; infinite where their relations or deltas forbid it.
+
+    Events are priced as one; what they do not explain is basic composition (Dwork and Roth,
+    Theorem 3.16).
+    """
+    if len({claim.relation for claim in claims}) > 1 or delta >= 1:
+        return math.inf
+    if not claims:
+        return 0.0
+    relation = next(iter(claims)).relation
+    events = tuple(event for claim in claims if claim.explained for event in claim.events)
+    at = max((claim.delta for claim in claims if claim.explained), default=delta)
+    opaque = sum(claim.epsilon for claim in claims if not claim.explained)
+    worst = max(claim.epsilon for claim in claims)
+    return max(worst, (_priced(events, at, relation) if events else 0.0) + opaque)
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,28 +170,15 @@ class NodePrivacyReport:
 
     @property
     def delta(self) -> float:
-        """The largest delta claimed."""
-        return max((claim.delta for claim in self.claims.values()), default=0.0)
+        """The delta of ``epsilon_everywhere``; the largest claimed where events explain all."""
+        return _composed_delta(self.claims.values())
 
     def epsilon_everywhere(self) -> float:
         """Return epsilon, at ``delta``, of someone with a record in every node.
 
         Infinite where the nodes' relations differ: such claims do not compose.
         """
-        if len({claim.relation for claim in self.claims.values()}) > 1:
-            return math.inf
-        worst = self.worst
-        if worst is None:
-            return 0.0
-        claims = self.claims.values()
-        events = tuple(event for claim in claims for event in claim.events)
-        # What a node claims beyond its events composes in the plainest way: it is added.
-        unexplained = sum(
-            claim.epsilon - _priced(claim.events, claim.delta, claim.relation)
-            for claim in claims
-            if claim.epsilon < math.inf
-        )
-        return max(worst.epsilon, _priced(events, self.delta, worst.relation) + unexplained)
+        return _composed_epsilon(self.claims.values(), self.delta)
 
     def __str__(self) -> str:
         """One sentence that names the units, the relation and both figures."""
@@ -176,6 +201,6 @@ def read_claim(node_id: int, record: ConfigRecord | None) -> NodeClaim | None:
         return None
     try:
         return NodeClaim.from_record(record)
-    except ValueError:
+    except Exception:  # whatever a node wrote, it must not end the run
         log.warning("Node %d's privacy claim is malformed: its reply counts as a dropout", node_id)
         return None

@@ -49,6 +49,9 @@ class PrivacyRequest:
         ValueError
             Naming the argument, its value and the bound.
         """
+        checks.instance(Sampling, sampling=sampling)
+        if budget is not None:
+            checks.instance(PrivacyBudget, budget=budget)
         population = sampling.population
         if budget is None and noise_multiplier is None:
             raise ValueError(
@@ -74,17 +77,19 @@ class PrivacyRequest:
                 f"delta={delta!r} must be < 1/population={1 / population!r}: with a larger delta, "
                 "publishing somebody's data outright would count as private"
             )
-        relation = Relation(relation or Relation.ADD_OR_REMOVE_ONE)
+        relation = checks.choice(Relation, relation=relation or Relation.ADD_OR_REMOVE_ONE)
         if not sampling.supports(relation):
+            priced = [str(other) for other in Relation if sampling.supports(other)]
             raise ValueError(
-                f"relation={str(relation)!r} must be one that {type(sampling).__name__} supports"
+                f"relation={str(relation)!r} must be one of {priced}, for which "
+                f"{type(sampling).__name__} has a price"
             )
         return cls(
             sampling=sampling,
             budget=budget,
             noise_multiplier=noise_multiplier,
             delta=delta,
-            unit=PrivacyUnit(unit or PrivacyUnit.NODE),
+            unit=checks.choice(PrivacyUnit, unit=unit or PrivacyUnit.NODE),
             relation=relation,
         )
 

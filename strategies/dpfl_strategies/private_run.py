@@ -28,6 +28,8 @@ from dpfl_strategies.server_optimizers import State
 log = logging.getLogger("flwr.dpfl")
 
 _SEED_BYTES = 16
+_WORTH_A_RUN = 0.01
+"""A run that begins needs this share of the budget; one that resumes needs one more release."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class PrivatePlan:
         # The scale of the noise is not known yet: no table strays further than the largest one's.
         most = RoundedGaussian(MAX_SCALE).total_variation
         entries = ArrayLayout.of(model).dimension + 1
+        if self.request.noise_multiplier is None:
+            _require_worthwhile(ledger, num_rounds)
         try:
             multiplier = self.request.solve(
                 num_rounds, prior=ledger.events(), total_variation=most * entries * num_rounds
@@ -279,6 +283,15 @@ class PrivateRun:
         _let_go(self.ledger)
 
 
+def _require_worthwhile(ledger: Ledger, num_rounds: int) -> None:
+    """Refuse to turn the last sliver of a budget into a model that is nothing but noise."""
+    budget = ledger.budget
+    if budget is not None and ledger.releases:
+        left = budget.epsilon - ledger.spent().epsilon
+        if left < _WORTH_A_RUN * budget.epsilon:
+            raise _too_little_left(ledger, num_rounds)
+
+
 def _too_little_left(ledger: Ledger, num_rounds: int) -> BudgetExhausted:
     """Return the error for a ledger whose rest pays for no plan that a grid can carry."""
     spent, budget = ledger.spent(), ledger.budget
@@ -286,8 +299,8 @@ def _too_little_left(ledger: Ledger, num_rounds: int) -> BudgetExhausted:
     left = max(0.0, budget.epsilon - spent.epsilon)
     return BudgetExhausted(
         f"the ledger leaves about epsilon {left:.3g} of {budget.epsilon:g} ({spent}): too little "
-        f"for num_rounds={num_rounds} rounds at any noise that a run can add. Nothing was charged. "
-        "Plan fewer rounds, or agree on a larger budget"
+        f"for num_rounds={num_rounds} rounds that are more than noise. Nothing was charged. Plan "
+        "fewer rounds, or agree on a larger budget"
     )
 
 

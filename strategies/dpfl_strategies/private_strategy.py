@@ -178,8 +178,16 @@ class PrivateStrategy(Strategy, ABC):
             unit=unit,
             relation=relation,
         )
+        none = type(None)
+        checks.instance(ClippingPolicy, clipping=clipping)
+        checks.instance(ServerOptimizer, none, server_optimizer=server_optimizer)
+        checks.instance(Weighting, none, weighting=weighting)
+        checks.instance(str, Path, none, ledger=ledger, checkpoint_dir=checkpoint_dir)
+        checks.name(dataset=dataset)
         if give_up_after is not None:
             checks.positive_int(give_up_after=give_up_after)
+        if noise_seed is not None:
+            checks.non_negative_int(noise_seed=noise_seed)
         if noise_seed is not None and (ledger is not None or checkpoint_dir is not None):
             raise ValueError(
                 f"noise_seed={noise_seed!r} must be None with a ledger or a checkpoint_dir: seeded "
@@ -198,13 +206,15 @@ class PrivateStrategy(Strategy, ABC):
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
         large = sampling.expected_cohort > _DITHER_ABOVE
-        checks.positive(max_inflation=max_inflation)
+        checks.at_least(1, max_inflation=max_inflation)
         if ledger is None and checkpoint_dir is not None:
             ledger = Path(checkpoint_dir) / "ledger.jsonl"
         self._plan = PrivatePlan(
             request=request,
             clipping=clipping,
-            rounding=Rounding(rounding or (Rounding.DITHERED if large else Rounding.NEAREST)),
+            rounding=checks.choice(
+                Rounding, rounding=rounding or (Rounding.DITHERED if large else Rounding.NEAREST)
+            ),
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
             dataset=dataset,
@@ -214,14 +224,13 @@ class PrivateStrategy(Strategy, ABC):
         )
         self._gathering: Gathering
         if num_nodes is None:
-            if request.unit is not PrivacyUnit.NODE and (
-                request.relation is not Relation.REPLACE_ONE
-            ):
+            if request.unit is not PrivacyUnit.NODE:
                 raise ValueError(
                     f"unit={str(request.unit)!r} must be 'node' without num_nodes: a record more "
                     "or less in a node changes its whole update, which moves the sum by up to two "
-                    "clip norms. Give num_nodes where nodes bound each of their units themselves, "
-                    "or relation='replace-one', which pays for two"
+                    "clip norms. Give num_nodes where nodes bound each of their units themselves; "
+                    "or unit='node' and relation='replace-one', which covers whatever changes "
+                    "inside a node"
                 )
             self._gathering = NodesAreUnits(
                 sampling,
@@ -362,6 +371,9 @@ class PrivateStrategy(Strategy, ABC):
         model = from_record(initial_arrays)
         if self._federated_dropout is not None:
             self._federated_dropout.check(model)
+        for name, array in model.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"initial_arrays[{name!r}] must be finite numbers")
         self._run = self._plan.open(model, num_rounds, settings=self.settings())
         self._signal_to_noise = {}
         self.optimizer_state = dict(self._run.state.optimizer_state)

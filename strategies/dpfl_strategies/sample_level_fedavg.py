@@ -78,6 +78,10 @@ class SampleLevelFedAvg(Strategy):
         wait_seconds: float = 600.0,
         give_up_after: int | None = 3,
     ) -> None:
+        checks.instance(ServerOptimizer, type(None), server_optimizer=server_optimizer)
+        checks.instance(str, Path, type(None), checkpoint_dir=checkpoint_dir)
+        if give_up_after is not None:
+            checks.positive_int(give_up_after=give_up_after)
         self._population, self._wait_seconds = population, wait_seconds
         self._registry = Registry(population, wait_seconds=wait_seconds)
         self._weigh_by_num_examples = weigh_by_num_examples

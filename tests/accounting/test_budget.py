@@ -29,7 +29,7 @@ def test_a_bad_budget_is_refused_by_name_and_value(arguments, named):
 
 
 def test_a_budget_without_delta_is_no_budget():
-    with pytest.raises(TypeError, match="delta"):
+    with pytest.raises(ValueError, match="delta=nan must be given"):
         PrivacyBudget(epsilon=1.0)
 
 

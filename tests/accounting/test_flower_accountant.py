@@ -123,7 +123,8 @@ def test_it_never_says_less_than_flowers_accountant_would_have_to():
 @pytest.mark.parametrize(
     ("method", "relation", "event"),
     [
-        (SamplingMethod.NO_AMPLIFICATION, "add-or-remove-one", Gaussian(5.0)),
+        # A node that leaves makes room for another one: the sum of 2 of 4 moves by two clip norms.
+        (SamplingMethod.NO_AMPLIFICATION, "add-or-remove-one", Gaussian(2.5)),
         (SamplingMethod.POISSON, "add-or-remove-one", PoissonSampled(0.5, Gaussian(5.0))),
         (SamplingMethod.WITHOUT_REPLACEMENT, "replace-one", FixedSizeSampled(4, 2, Gaussian(5.0))),
     ],
@@ -134,6 +135,13 @@ def test_flowers_sampling_methods_are_priced_as_ours(method, relation, event):
         accountant.compose(release(sample=2), count=3)
         assert ledger.events() == [Composed(event, 3)]
         assert accountant.config.neighboring_relation is NeighboringRelation(relation)
+
+
+def test_where_everyone_takes_part_nobody_takes_the_place_of_one_who_leaves():
+    with Ledger.in_memory(**TERMS, relation="add-or-remove-one") as ledger:
+        accountant = accountant_of(ledger)
+        accountant.compose(release(sample=4))
+        assert ledger.events() == [Gaussian(5.0)]
 
 
 def test_what_flower_cannot_express_is_refused():

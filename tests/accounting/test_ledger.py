@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import stat
@@ -538,6 +539,27 @@ def refused(path, match=None):
     with pytest.raises(LedgerTampered, match=match):
         opened(path)
     assert (both(path) if sidecar(path).exists() else path.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "head"),
+    [
+        (b'{"kind":"header","format":"dpfl-ledger-1","prev":"%s"}\n', None),
+        (b"", '{"length":0,"head":"%s"}'),
+        (b"[" * 100_000 + b"\n", '{"length":1,"head":"x"}'),
+        (b"", '{"length":1e400,"head":"x"}'),
+        (b"", "[" * 100_000),
+        (b"\xff\xfe\n", None),
+    ],
+)
+def test_whatever_else_lies_in_its_place_is_refused_as_tampered(path, content, head):
+    empty = hashlib.sha256().hexdigest()
+    path.parent.mkdir()
+    path.write_bytes(content.replace(b"%s", empty.encode()))
+    if head is not None:
+        sidecar(path).write_text(head.replace("%s", empty))
+    with pytest.raises(LedgerTampered):
+        opened(path)
 
 
 def test_any_edited_byte_is_noticed(path):

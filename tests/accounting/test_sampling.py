@@ -106,7 +106,10 @@ def test_a_rule_of_ones_own_claims_no_amplification_and_cannot():
             return list(registry)[:10]
 
     assert Cyclic().event(RELEASE) == RELEASE
-    assert Cyclic().supports(Relation.ADD_OR_REMOVE_ONE)
+    # One unit less brings another one in: the sum moves by two clip norms, not one.
+    assert not Cyclic().supports(Relation.ADD_OR_REMOVE_ONE)
+    assert Cyclic().supports(Relation.REPLACE_ONE)
+    assert Cyclic().supports(Relation.ZERO_OUT)
     assert Cyclic().max_cohort is None
 
 

@@ -129,12 +129,12 @@ def test_a_second_run_on_the_same_patients_is_refused(config: Config) -> None:
     assert Report.load(run_dir) == first
 
 
-def test_a_hospital_trains_within_its_own_policy_only(config: Config) -> None:
+def test_a_hospital_trains_within_its_own_policy_only(config: Config, tmp_path: Path) -> None:
     report = run(
         config,
         node_configs=[
             {},
-            {"max-epsilon": 0.6, "max-delta": 1e-4},
+            {"max-epsilon": 0.6, "max-delta": 1e-4, "ledger-path": str(tmp_path / "hungary.jsonl")},
             {},
             {"min-noise-multiplier": 99.0},
         ],

@@ -468,7 +468,7 @@ def test_a_node_does_not_train_below_its_own_policy(tmp_path):
             nn.Linear(3, 1),
             regression(),
             configured(noise_multiplier=4.0),
-            ledger=NodeLedger("heart", path=tmp_path / "ledger.jsonl"),
+            ledger=NodeLedger("heart", path=tmp_path / "ledger.jsonl", chosen_by_node=True),
             policy=NodePolicy(**policy),
         )
 
@@ -487,6 +487,20 @@ def test_a_policy_about_all_runs_needs_a_ledger_that_outlives_them():
     policy = NodePolicy(max_epsilon=1e6, max_delta=0.5)
     client = client_for(nn.Linear(3, 1), regression(), configured(), policy=policy)
     assert code_of(client) is NodeErrorCode.POLICY_REFUSED
+
+
+def test_a_policy_about_all_runs_needs_a_ledger_that_the_node_chose(tmp_path):
+    """An app that names another file in each run would start from zero in each."""
+    policy = NodePolicy(max_epsilon=1e6, max_delta=0.5)
+    for node, refused in ((context(), True), (context(ledger_path=str(tmp_path / "n")), False)):
+        ledger = NodeLedger.from_context(node, dataset="heart", path=tmp_path / "app")
+        client = client_for(
+            nn.Linear(3, 1), regression(), configured(), ledger=ledger, policy=policy
+        )
+        if refused:
+            assert code_of(client) is NodeErrorCode.POLICY_REFUSED
+        else:
+            one_round(client)
 
 
 def test_noise_from_a_seed_is_charged_as_none(tmp_path):

@@ -197,6 +197,16 @@ def test_mods_wrap_the_call():
     assert ask(AddOne(), mods=[doubles]).content["metrics"]["accuracy"] == 1.0
 
 
+def test_guarded_lets_nothing_of_an_exit_leave_either():
+    @guarded
+    def train(message, context):
+        raise SystemExit(SECRET)
+
+    reply = train(message("train", request()), context())
+    assert reply.error.code == NodeErrorCode.CLIENT_FAILED
+    assert SECRET.encode() not in all_bytes(reply)
+
+
 def test_guarded_protects_an_authors_own_function():
     app = ClientApp()
 

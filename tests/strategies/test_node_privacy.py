@@ -55,6 +55,35 @@ def test_the_report_names_the_worst_node_and_the_composition_of_all():
     assert "this run only" not in str(report)
 
 
+def test_what_events_do_not_explain_composes_by_adding_epsilons_and_deltas():
+    opaque = NodeClaim.from_record(claim_record(events="[]"))
+    report = NodePrivacyReport({1: opaque, 2: opaque})
+    assert (report.epsilon_everywhere(), report.delta) == (2.0, 2e-4)
+    assert "epsilon 2 at delta 0.0002 for someone in all 2 nodes" in str(report)
+    told = NodeClaim.from_record(claim_record(epsilon=0.0))
+    both = NodePrivacyReport({1: opaque, 2: told})
+    assert both.epsilon_everywhere() == pytest.approx(1.0 + told.epsilon)
+    assert both.delta == 2e-4
+
+
+def test_a_claim_without_a_file_composes_with_what_came_before_a_restart():
+    first = NodeClaim.from_record(claim_record(events="[]", epsilon=3.0, durable=False))
+    second = NodeClaim.from_record(claim_record(events="[]", epsilon=2.0, durable=False))
+    after = second.after(first)
+    assert (after.epsilon, after.delta) == (5.0, 2e-4)
+    assert second.after(None) == second
+    told = NodeClaim.from_record(claim_record(epsilon=0.0, durable=False))
+    twice = epsilon([Gaussian(20.0)] * 2, delta=1e-4, relation=Relation.ADD_OR_REMOVE_ONE)
+    assert told.after(told).epsilon == pytest.approx(twice)
+    assert told.after(told).delta == 1e-4
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e999", "[" * 10_000])
+def test_a_number_that_no_float_holds_makes_a_claim_malformed(number):
+    events = '[{"kind": "gaussian", "noise_multiplier": ' + number + "}]"
+    assert read_claim(1, claim_record(events=events)) is None
+
+
 HOSTILE = {
     "many sampled releases": [Composed(PoissonSampled(1e-3, Gaussian(1.0)), 10**7)],
     "many kinds": [PoissonSampled(0.01 + i / 1000, Gaussian(1 + i / 100)) for i in range(12)],

@@ -9,6 +9,7 @@ from scipy import stats
 from dpfl_flower.accounting import (
     BudgetExhausted,
     CappedPoissonSampling,
+    CustomSampling,
     EveryoneSampling,
     FixedSizeSampling,
     Gaussian,
@@ -311,7 +312,7 @@ def test_without_noise_there_is_nothing_to_compare_the_signal_with():
 
 def test_a_ledger_with_a_sliver_left_says_how_little(tmp_path):
     budget = PrivacyBudget(epsilon=2.0, delta=1e-5)
-    for share, about in ((0.9999, "0.000"), (1.0, "0 of 2")):
+    for share, about in ((0.9999, "0.000"), (0.995, "0.01")):
         path = tmp_path / f"{share}.jsonl"
         multiplier = calibrate(budget_of(budget, share), None, rounds=1)
         first = strategy(noise_multiplier=multiplier, budget=budget, ledger=path)
@@ -505,10 +506,68 @@ def test_a_subclass_may_say_how_the_noisy_mean_is_applied():
     np.testing.assert_allclose(flat(result.arrays), 0.1, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"clipping": 0.5}, "clipping=0.5"),
+        ({"clipping": None}, "clipping=None"),
+        ({"sampling": 5}, "sampling=5"),
+        ({"budget": (8, 1e-5), "noise_multiplier": None}, r"budget=\(8, 1e-05\)"),
+        ({"weighting": "n"}, "weighting='n'"),
+        ({"server_optimizer": "fedadam"}, "server_optimizer='fedadam'"),
+        ({"ledger": 5}, "ledger=5"),
+        ({"checkpoint_dir": 5}, "checkpoint_dir=5"),
+        ({"dataset": ""}, "dataset=''"),
+        ({"max_inflation": 0.5}, "max_inflation=0.5"),
+        ({"noise_seed": "a"}, "noise_seed='a'"),
+        ({"unit": "foo"}, r"unit='foo' must be one of \['node', 'user', 'example'\]"),
+        ({"relation": "foo"}, r"relation='foo' must be one of"),
+        ({"metrics": "foo"}, r"metrics='foo' must be one of"),
+        ({"rounding": "foo"}, r"rounding='foo' must be one of"),
+        ({"give_up_after": 0}, "give_up_after=0"),
+        ({"clipping": FixedClipping}, "clipping="),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(changes, named):
+    with pytest.raises(ValueError, match=named):
+        strategy(**changes)
+
+
+def test_a_clip_norm_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match="clip_norm="):
+        FixedClipping(10**400)
+
+
+def test_a_model_that_is_no_numbers_is_refused_before_it_is_charged():
+    start = record(np.array([0.0, math.nan]))
+    with pytest.raises(ValueError, match=r"initial_arrays\['a0'\] must be finite"):
+        strategy().start(RecordingGrid(adding(0.1), NODES), start, 1)
+
+
+class Cyclic(CustomSampling):
+    population = NODES
+    expected_cohort = 2
+
+    def draw(self, registry, rng):
+        return list(registry)[:2]
+
+
+def test_a_cohort_rule_of_ones_own_covers_units_that_stay_registered():
+    with pytest.raises(ValueError, match=r"one of \['replace-one', 'zero-out'\], for which Cyclic"):
+        strategy(sampling=Cyclic())
+    result = strategy(sampling=Cyclic(), relation="zero-out").start(
+        RecordingGrid(adding(0.1), NODES), model(), 1
+    )
+    assert "zero-out" in str(result.privacy)
+
+
 def test_a_unit_inside_a_node_is_refused_where_the_node_is_what_is_clipped():
     with pytest.raises(ValueError, match=r"unit='example'.*num_nodes"):
         strategy(unit="example")
-    strategy(unit="example", relation="replace-one")
+    # Not by relation='replace-one' either: delta would be held against the number of nodes.
+    with pytest.raises(ValueError, match=r"unit='user' must be 'node'"):
+        strategy(unit="user", relation="replace-one")
+    strategy(unit="node", relation="replace-one")
 
 
 def test_runs_of_one_strategy_share_its_budget_also_without_a_file():

@@ -168,3 +168,17 @@ def test_a_resumed_run_remembers_what_nodes_without_a_ledger_file_claimed(tmp_pa
     before, after = run(1), run(2)
     assert after.worst.epsilon > before.worst.epsilon
     assert len(after.worst.events) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"give_up_after": 0}, "give_up_after=0"),
+        ({"give_up_after": "x"}, "give_up_after='x'"),
+        ({"server_optimizer": "x"}, "server_optimizer='x'"),
+        ({"checkpoint_dir": 5}, "checkpoint_dir=5"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(changes, named):
+    with pytest.raises(ValueError, match=named):
+        SampleLevelFedAvg(population=4, **changes)

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpfl_flower import checks
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.users.closed_form import ClosedFormEngine, LocalUpdate
 from dpfl_flower.client.users.engine import Chunk, Engine, UserEngine
@@ -118,7 +119,7 @@ class UserCohort:
             )
         self._registry = UserRegistry(users)
         self._model_fn, self._training, self._local_update = model_fn, training, local_update
-        self._kind = Engine(engine)
+        self._kind = checks.choice(Engine, engine=engine)
         self._example = [_as_tensor(part) for part in example or ()]
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._obeys_lists = obeys_lists
