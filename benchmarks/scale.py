@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,28 +122,6 @@ def in_its_own_process(users: int, parameters: int) -> dict[str, Any]:
     return cell
 
 
-def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw round time and peak memory against the number of users, a line for each model size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for parameters in PARAMETERS:
-        line = [cell for cell in cells if cell["parameters"] == parameters]
-        users = [cell["users"] for cell in line]
-        label = f"$10^{len(str(parameters)) - 1}$ parameters"
-        left.plot(users, [cell["seconds"] for cell in line], "o-", label=label)
-        right.plot(users, [cell["peak_bytes"] / 2**20 for cell in line], "o-", label=label)
-    right.axhline(BAR_BYTES / 2**20, color="gray", linestyle=":", label="2 GiB")
-    for axes, what in ((left, "round, seconds"), (right, "peak memory beyond the data, MiB")):
-        axes.set(xscale="log", yscale="log", xlabel="users in the round", ylabel=what)
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-
-
 def default_cells() -> Iterator[tuple[int, int]]:
     """Yield the cells that one person waits for."""
     for parameters in PARAMETERS:
@@ -153,7 +131,7 @@ def default_cells() -> Iterator[tuple[int, int]]:
 
 
 def main() -> None:
-    """Print the table and the bar, and write the figures and the drawing."""
+    """Print the table and the bar, and write the figures down."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--cell", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--cells", nargs="+", metavar="USERSxPARAMETERS")
@@ -183,8 +161,7 @@ def main() -> None:
     )
     most = max(cell["peak_bytes"] for cell in cells if cell["users"] == max(USERS))
     if not wanted:
-        path = results.save("scale", {"bar_bytes": BAR_BYTES, "cells": cells})
-        draw(cells, path.with_suffix(".png"))
+        results.save("scale", {"bar_bytes": BAR_BYTES, "cells": cells})
     print(f"peak GiB {most / 2**30:.3f} bar {BAR_BYTES / 2**30:g}")
 
 

@@ -30,6 +30,7 @@ from dpfl_flower.client.per_example import (
     per_example_clipper,
     per_example_losses,
 )
+from dpfl_flower.client.torch_seed import seed_torch
 
 logger = logging.getLogger(NODE_LOGGER)
 
@@ -193,7 +194,7 @@ def _require_same_beside_others(model: nn.Module, loss_fn: LossFunction, batch: 
 
 
 def _drawn(model: nn.Module, loss_fn: LossFunction, batch: Batch, *, seed: int) -> Tensor:
-    torch.manual_seed(seed)  # of a fork of torch's state: see require_separable
+    seed_torch(seed)  # of a fork of torch's state: see require_separable
     return per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
 
 
@@ -274,7 +275,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
 def _same_dropout(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+        seed_torch(0)
         yield
 
 

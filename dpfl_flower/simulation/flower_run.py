@@ -36,7 +36,14 @@ from dpfl_flower.simulation.flwr_command import (
 )
 from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
 
-__all__ = ["FlowerRun", "FlowerRunError", "RunConfig", "RunOutcome", "run_flower_app"]
+__all__ = [
+    "FlowerRun",
+    "FlowerRunError",
+    "RunConfig",
+    "RunOutcome",
+    "run_flower_app",
+    "simulation_superlink",
+]
 
 _CONNECTION: Final = "dpfl"
 _HOST: Final = "127.0.0.1"
@@ -89,18 +96,47 @@ def run_flower_app(
     checks.positive(timeout_seconds=timeout_seconds)
     if not (app / "pyproject.toml").is_file():
         raise ValueError(f"app={str(app)!r} must be a folder that holds a pyproject.toml")
-    deadline = Deadline(timeout_seconds)
+    variables = {} if run_dir is None else {RUN_DIR_VARIABLE: str(run_dir.absolute())}
+    with (
+        tempfile.TemporaryDirectory(prefix="dpfl-") as scratch,
+        simulation_superlink(Deadline(timeout_seconds), flwr_home, variables) as flwr,
+    ):
+        config_file = Path(scratch) / "run-config.toml"
+        config_file.write_text(to_toml(run_config or {}), encoding="utf-8")
+        resources = f"client-resources-num-cpus={num_cpus_per_client}"
+        return flwr.run(
+            app,
+            config_file=config_file,
+            federation_config=f"num-supernodes={num_supernodes} {resources}",
+            log_path=log_path,
+            on_line=on_line,
+        )
+
+
+@contextlib.contextmanager
+def simulation_superlink(
+    deadline: Deadline,
+    flwr_home: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[FlwrCommand]:
+    """Run a SuperLink for simulations for the length of the block; yield the command to use it.
+
+    Parameters
+    ----------
+    deadline
+        For all that the command is asked.
+    flwr_home
+        Flower's state; a temporary folder, removed afterwards, when not given.
+    variables
+        Of the environment, for the SuperLink and all that it runs.
+    """
     # Ray's socket paths must stay below 108 characters, which a long TMPDIR would exceed.
     with tempfile.TemporaryDirectory(
         prefix="dpfl-", dir="/tmp", ignore_cleanup_errors=True
     ) as scratch:
         home = Path(scratch) / "home" if flwr_home is None else flwr_home.resolve()
         home.mkdir(parents=True, exist_ok=True)
-        environment = _environment(home, ray_folder=Path(scratch) / "ray")
-        if run_dir is not None:
-            environment[RUN_DIR_VARIABLE] = str(run_dir.absolute())
-        config_file = Path(scratch) / "run-config.toml"
-        config_file.write_text(to_toml(run_config or {}), encoding="utf-8")
+        environment = _environment(home, ray_folder=Path(scratch) / "ray") | dict(variables or {})
         with _superlink(home, environment, deadline) as superlink:
 
             def check_alive() -> None:
@@ -108,15 +144,7 @@ def run_flower_app(
                     log = _tail(_superlink_log(home))
                     raise FlowerRunError(f"the SuperLink ended early:\n{log}")
 
-            flwr = FlwrCommand(environment, _CONNECTION, deadline, check_alive=check_alive)
-            resources = f"client-resources-num-cpus={num_cpus_per_client}"
-            return flwr.run(
-                app,
-                config_file=config_file,
-                federation_config=f"num-supernodes={num_supernodes} {resources}",
-                log_path=log_path,
-                on_line=on_line,
-            )
+            yield FlwrCommand(environment, _CONNECTION, deadline, check_alive=check_alive)
 
 
 @contextlib.contextmanager

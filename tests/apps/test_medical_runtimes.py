@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from apps.medical import demo
 from apps.medical.medical.report import Report
-from dpfl_flower.simulation import FlowerRun, RunOutcome
+from dpfl_flower.final_model import MODEL, load_model
+from dpfl_flower.simulation import FlowerRun, RunOutcome, run_app, run_flower_app
 from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,28 @@ def test_flwr_run_ends_with_the_table_and_fails_when_every_hospital_refuses(
     )
     assert re.search(r"FAILED: the run failed: .*budget \(epsilon 1 at delta 0\.0001", refused.err)
     assert Report.load(tmp_path) == report
+
+
+@pytest.mark.slow
+def test_without_noise_flwr_run_and_this_process_train_the_same_model(tmp_path: Path) -> None:
+    free: dict[str, int | float] = {"target-epsilon": 1e8, "clip-norm": 8.0, "num-server-rounds": 3}
+    ended = run_flower_app(
+        APP,
+        num_supernodes=4,
+        log_path=tmp_path / "flower.log",
+        run_config=free | {"run-dir": str(tmp_path / "flower")},
+        timeout_seconds=500,
+    )
+    assert ended.completed, ended.details
+    assert run_app(APP, run_dir=tmp_path / "here", run_config=free).completed
+    there, here = (load_model(tmp_path / name / MODEL) for name in ("flower", "here"))
+    assert there.keys() == here.keys()
+    for name, array in here.items():
+        assert np.abs(array).max() > 0.01
+        np.testing.assert_allclose(there[name], array, atol=1e-4)
+    assert Report.load(tmp_path / "flower").not_private_auc == pytest.approx(
+        Report.load(tmp_path / "here").not_private_auc, abs=1e-3
+    )
 
 
 def test_a_run_without_a_result_exits_non_zero(

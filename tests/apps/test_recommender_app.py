@@ -24,8 +24,10 @@ from dpfl_flower.accounting import Gaussian, epsilon
 from dpfl_flower.client import NodeErrorCode
 from dpfl_flower.client.users import CohortRequest
 from dpfl_flower.datasets import fetch
+from dpfl_flower.final_model import MODEL, load_model
 from dpfl_flower.quantize import IntegerGrid, Rounding
 from dpfl_flower.simulation import InProcessGrid, NodeConfig, run_app, run_flower_app
+from tests.support.agreement import require_same_but_for_noise
 
 APP = Path(__file__).parents[2] / "apps" / "recommender"
 FILMS = 1682
@@ -267,12 +269,13 @@ def test_a_malformed_evaluation_is_refused(metric: str, value: float) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_folder_runs_under_flwr_run(tmp_path: Path) -> None:
+def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_path: Path) -> None:
+    overrides: Config = {"num-server-rounds": 3, "sample-user": ""}
     ended = run_flower_app(
         APP,
         num_supernodes=2,
         log_path=tmp_path / "flower.log",
-        run_config={"num-server-rounds": 3, "run-dir": str(tmp_path / "run")},
+        run_config=overrides | {"run-dir": str(tmp_path / "run")},
         timeout_seconds=500,
     )
     assert ended.completed, ended.details
@@ -281,3 +284,7 @@ def test_the_same_folder_runs_under_flwr_run(tmp_path: Path) -> None:
     assert (report.rounds, report.nodes) == (3, 2)
     assert report.epsilon <= 8.0
     assert report.table().splitlines()[2] in (tmp_path / "flower.log").read_text()
+    for name in ("here", "again"):
+        assert run_app(APP, run_dir=tmp_path / name, run_config=overrides).completed
+    models = [load_model(tmp_path / name / MODEL) for name in ("here", "again", "run")]
+    require_same_but_for_noise(*models)

@@ -24,9 +24,11 @@ from dpfl_flower import records
 from dpfl_flower.client import NodeErrorCode
 from dpfl_flower.client.users import CohortRequest
 from dpfl_flower.datasets import fetch
+from dpfl_flower.final_model import MODEL, load_model
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import IntegerGrid, Rounding
 from dpfl_flower.simulation import InProcessGrid, NodeConfig, run_app, run_flower_app
+from tests.support.agreement import require_same_but_for_noise
 
 APP = Path(__file__).parents[2] / "apps" / "smart_city"
 SENSORS = ("107 Quay Street", "45 Queen Street")
@@ -257,17 +259,23 @@ def test_the_folder_fails_on_a_wrong_setting_and_names_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_same_folder_runs_under_flwr_run(tmp_path: Path) -> None:
+def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_path: Path) -> None:
+    # Everybody takes part, so that nothing but the noise differs.
+    overrides: Config = {"num-server-rounds": 2, "expected-cohort": 546.0}
     ended = run_flower_app(
         APP,
         num_supernodes=3,
         log_path=tmp_path / "flower.log",
-        run_config={"num-server-rounds": 3, "run-dir": str(tmp_path / "run")},
+        run_config=overrides | {"run-dir": str(tmp_path / "run")},
         timeout_seconds=500,
     )
     assert ended.completed, ended.details
     report = Report.load(tmp_path / "run")
     assert report.run_id == ended.run_id
-    assert (report.rounds, report.nodes) == (3, 3)
+    assert (report.rounds, report.nodes) == (2, 3)
     assert report.epsilon <= 4.0
     assert report.table().splitlines()[2] in (tmp_path / "flower.log").read_text()
+    for name in ("here", "again"):
+        assert run_app(APP, run_dir=tmp_path / name, run_config=overrides).completed
+    models = [load_model(tmp_path / name / MODEL) for name in ("here", "again", "run")]
+    require_same_but_for_noise(*models)

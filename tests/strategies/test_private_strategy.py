@@ -333,10 +333,6 @@ def test_a_budget_that_was_always_too_small_is_no_matter_of_the_ledger():
         )
 
 
-def budget_of(budget, share):
-    return PrivacyBudget(epsilon=budget.epsilon * share, delta=budget.delta)
-
-
 def test_a_run_that_gives_up_hands_over_what_it_had_released_and_spent(tmp_path):
     def fails_later(message):
         return adding(0.5)(message) if config_of(message)["server-round"] == 1 else Error(2)

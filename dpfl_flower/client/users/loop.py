@@ -7,6 +7,7 @@ from typing import final
 import torch
 
 from dpfl_flower.client.per_example import per_example_losses
+from dpfl_flower.client.torch_seed import seed_torch
 from dpfl_flower.client.users.engine import Chunk, Update, UserEngine, contributes_zeros
 from dpfl_flower.client.users.model import ModelFn, ResidentModel
 from dpfl_flower.client.users.registry import Member, as_records
@@ -72,7 +73,7 @@ class LoopEngine(UserEngine):
         recipe, resident, user = self._training, self._resident, member.user
         data = as_records(member.load())
         records = len(data[0])
-        torch.manual_seed(recipe.seed_for(server_round=server_round, user=user))  # dropout
+        seed_torch(recipe.seed_for(server_round=server_round, user=user))  # dropout
         rule = recipe.rule(self._detached)
         for picks in recipe.batches(records, server_round=server_round, user=user):
             *inputs, targets = (resident.take(part, picks) for part in data)

@@ -1,0 +1,1 @@
+"""A hundred clients that train nothing."""
