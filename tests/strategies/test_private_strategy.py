@@ -314,7 +314,7 @@ def test_a_ledger_with_a_sliver_left_says_how_little(tmp_path):
     budget = PrivacyBudget(epsilon=2.0, delta=1e-5)
     for share, about in ((0.9999, "0.000"), (0.995, "0.01")):
         path = tmp_path / f"{share}.jsonl"
-        multiplier = calibrate(budget_of(budget, share), None, rounds=1)
+        multiplier = calibrate(PrivacyBudget(2.0 * share, 1e-5), None, rounds=1)
         first = strategy(noise_multiplier=multiplier, budget=budget, ledger=path)
         first.start(RecordingGrid(adding(0.1), NODES), model(), 1)
         before = path.read_bytes()
