@@ -99,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    compare.stop_on_sigterm()
     main()
