@@ -108,4 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    compare.stop_on_sigterm()
     main()

@@ -7,6 +7,7 @@ A benchmark module builds its callables, hands them to :func:`compare` and ends 
 import gc
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,15 @@ def one_thread() -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     torch.set_num_threads(1)
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM unwind this process, so that what it has started is stopped."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def compare(

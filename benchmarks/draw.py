@@ -61,7 +61,7 @@ def flower_round() -> Figure | None:
     found = load("flower_round")
     if found is None:
         return None
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
     for position, seconds in enumerate(found["seconds"].values()):
         median = statistics.median(seconds)
@@ -71,7 +71,7 @@ def flower_round() -> Figure | None:
     axes.set_yticks(range(len(found["seconds"])), list(found["seconds"]))
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(xlabel="seconds for a round of 100 clients x 1,000,000 parameters, no-op training")
+    axes.set(xlabel="seconds a round: 100 clients, 1,000,000 parameters, no-op training")
     return figure
 
 

@@ -9,6 +9,7 @@ the next; each run's first round, in which workers start, is left out. The runs 
 
 import argparse
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of each run (default: 6)")
     arguments = parser.parse_args()
     rounds = arguments.rounds
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     with simulation_superlink(Deadline(_TIMEOUT_SECONDS)) as flwr:
         timings = timed(
             {
@@ -97,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    compare.stop_on_sigterm()
     main()

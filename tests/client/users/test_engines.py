@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def registry_of(model_fn, sizes=SIZES):
-    return UserRegistry([records_of(model_fn, n, seed) for seed, n in enumerate(sizes)])
+    return UserRegistry({seed: records_of(model_fn, n, seed) for seed, n in enumerate(sizes)})
 
 
 def plain_pytorch(model_fn, training, data, arrays, user, server_round=1):
@@ -96,7 +96,7 @@ def test_an_engine_trains_as_plain_pytorch(kind, model_fn, changes):
     else:
         example = [part[0] for part in records_in_float64(model_fn, 1, 0)]
         engine = StackedEngine(wide, training, device=CPU, example=example)
-    registry = UserRegistry([records_in_float64(model_fn, n, i) for i, n in enumerate(SIZES)])
+    registry = UserRegistry({i: records_in_float64(model_fn, n, i) for i, n in enumerate(SIZES)})
     found = updates_by_user(engine, registry, arrays)
     assert found.keys() == {user for user, n in enumerate(SIZES) if n}
     for user, update in found.items():
@@ -123,15 +123,13 @@ def test_more_users_than_slots_and_lazily_read_ones_are_trained_alike(kind):
     sizes = [1 + (i * 13) % 30 for i in range(150)]
     engine = engine_of(kind, mlp, training)
     assert engine.chunk.users < len(sizes)
-    given = UserRegistry([records_of(mlp, n, i) for i, n in enumerate(sizes)])
     lazy = UserRegistry(LazyUsers(lambda i: records_of(mlp, sizes[i], i), len(sizes)))
     named = UserRegistry({i: records_of(mlp, n, i) for i, n in enumerate(sizes)})
-    first = updates_by_user(engine, given, arrays)
-    for other in (lazy, named):
-        again = updates_by_user(engine, other, arrays)
-        assert all(np.array_equal(first[user], again[user]) for user in first)
+    first = updates_by_user(engine, named, arrays)
+    again = updates_by_user(engine, lazy, arrays)
+    assert all(np.array_equal(first[user], again[user]) for user in first)
     for user in (0, 77, 149):
-        expected = plain_pytorch(mlp, training, given[user].load(), arrays, user)
+        expected = plain_pytorch(mlp, training, named[user].load(), arrays, user)
         assert distance(first[user], expected) < 1e-4
 
 
@@ -142,7 +140,7 @@ def test_numpy_records_are_as_good_as_tensors():
     frozen.flags.writeable = False
     engine = LoopEngine(mlp, recipe(), device=CPU)
     found = updates_by_user(
-        engine, UserRegistry([(inputs, targets), (frozen, targets.numpy())]), arrays
+        engine, UserRegistry({0: (inputs, targets), 1: (frozen, targets.numpy())}), arrays
     )
     alike = updates_by_user(engine, UserRegistry({1: (inputs, targets)}), arrays)
     assert np.array_equal(found[1], alike[1])
@@ -180,7 +178,7 @@ def test_frozen_tied_and_unused_parameters_and_buffers(kind, changes):
         engine = LoopEngine(model_fn, training, device=CPU)
     else:
         engine = StackedEngine(model_fn, training, device=CPU, example=example_of(mlp))
-    found = updates_by_user(engine, UserRegistry([data]), arrays)[0]
+    found = updates_by_user(engine, UserRegistry({0: data}), arrays)[0]
     floating = {name: a for name, a in arrays.items() if a.dtype == np.float32}
     assert "same.weight" in floating and "seen" not in floating
     model = copy.deepcopy(built)
@@ -321,7 +319,7 @@ def test_users_with_other_shapes_or_very_many_steps_go_through_the_loop(caplog):
     engine = engine_of(Engine.STACKED, words, training)
     longer = (torch.randint(0, 50, (5, 9)), torch.randint(0, 3, (5,)))
     many = records_of(words, 1030, 5)
-    registry = UserRegistry([records_of(words, 6, 0), longer, many])
+    registry = UserRegistry(dict(enumerate([records_of(words, 6, 0), longer, many])))
     with caplog.at_level(logging.WARNING):
         found = updates_by_user(engine, registry, arrays)
     assert not [record for record in caplog.records if record.name == NODE_LOGGER]
