@@ -71,10 +71,29 @@ class TestLaplaceMechanism(ReleaseContract):
         return stats.laplace.cdf(x)
 
 
-def test_the_contract_sees_a_planted_fault():
-    class TooSmall(TestRoundedGaussian):
+@pytest.mark.parametrize("off", [0.97, 1.03])
+@pytest.mark.parametrize("contract", [TestRoundedGaussian, TestRoundedLaplace])
+def test_the_contract_sees_noise_3_percent_off(contract, off):
+    class Wrong(contract):
         def noise(self, grid):
-            return RoundedGaussian(round(0.97 * grid.noise_units))
+            right = super().noise(grid)
+            return type(right)(round(off * right.scale))
 
+    # 200,000 draws of a Laplace miss it once in 1e13.
     with pytest.raises(AssertionError):
-        TooSmall().test_the_noise_has_its_stated_law_and_3_percent_off_is_rejected()
+        Wrong().test_the_noise_has_its_stated_law_and_3_percent_off_is_rejected()
+
+
+@pytest.mark.parametrize("off", [0.97, 1.03])
+@pytest.mark.parametrize("contract", [TestGaussianMechanism, TestLaplaceMechanism])
+def test_the_contract_sees_a_release_3_percent_off(contract, off, monkeypatch):
+    right = contract.noise.sample
+
+    def sample(self, n, rng):
+        return right(type(self)(round(off * self.scale)), n, rng)
+
+    monkeypatch.setattr(contract.noise, "sample", sample)
+    with pytest.raises(AssertionError):
+        contract().test_the_noise_has_the_scale_that_is_accounted_for_and_3_percent_off_is_rejected(
+            "replace-one"
+        )

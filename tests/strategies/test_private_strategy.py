@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord
-from scipy import stats
 
 from dpfl_flower.accounting import (
     BudgetExhausted,
@@ -32,6 +31,7 @@ from dpfl_strategies import (
     PrivateStrategy,
     Stopped,
 )
+from tests.support.contracts import statistics
 from tests.support.recording_grid import RecordingGrid, adding, config_of, record, reply
 
 NODES = 8
@@ -109,18 +109,10 @@ def test_integer_arrays_stay_the_servers_own():
 def test_the_noise_on_the_mean_has_the_stated_scale_and_a_wrong_one_would_be_seen():
     grid = RecordingGrid(adding(0.0), NODES)
     result = strategy(noise_multiplier=2.0, clipping=FixedClipping(0.5)).start(
-        grid, model(40_000), num_rounds=1
+        grid, model(100_000), num_rounds=1
     )
-    stated = 2.0 * 0.5 / NODES
-    released = flat(result.arrays)
-
-    def p_value(scale):
-        at_most = stats.chi2.cdf(np.sum((released / scale) ** 2), df=released.size)
-        return 2 * min(at_most, 1 - at_most)
-
-    assert p_value(stated) > 1e-6
-    assert p_value(stated * 1.03) < 1e-6
-    assert p_value(stated / 1.03) < 1e-6
+    # Of 100,000 draws a scale 3 % off is missed once in 2e13.
+    statistics.require_scale(flat(result.arrays), 2.0 * 0.5 / NODES, allowance=0.001)
 
 
 def test_an_empty_cohort_still_releases_noise_and_is_charged():
@@ -143,9 +135,10 @@ def test_adaptive_clipping_moves_the_clip_norm_by_the_released_fraction():
     adaptive.start(
         grid, model(), num_rounds=3, evaluate_fn=lambda r, a: norms.append(adaptive.clip_norm)
     )
-    # Every norm is far above: b~ is about 0, so each round multiplies C by about exp(0.2 * 0.5).
-    ratios = np.divide(norms[1:], norms[:-1])
-    np.testing.assert_allclose(ratios, math.exp(0.1), rtol=0.05)
+    # Every norm is far above: b~ is 0 and noise of 0.05, so log C moves by 0.2 * 0.5 a round; the
+    # mean of three rounds has a standard error of 0.0058.
+    moved = np.log(norms[-1] / norms[0]) / 3
+    assert moved == pytest.approx(0.1, abs=6 * 0.0058)
 
 
 # Budget and ledger.

@@ -16,6 +16,7 @@ from dpfl_flower.accounting import EveryoneSampling, PoissonSampling
 from dpfl_flower.clipping import AdaptiveClipping
 from dpfl_strategies import PrivateStrategy
 from tests.support.contracts import statistics
+from tests.support.contracts.freshness import NODES as NODES_WITHOUT_UPDATES
 from tests.support.contracts.freshness import FreshNoise
 from tests.support.contracts.strategy import StrategySubject, quiet
 from tests.support.recording_grid import RecordingGrid, adding, record
@@ -42,7 +43,7 @@ class AdaptiveClippingContract(StrategySubject):
     )
     def test_with_all_norms_one_the_clip_norm_converges_towards_one(self, start, sampling):
         clipping = AdaptiveClipping(initial=start)
-        norms = self._clip_norms(clipping, _unit_updates(), rounds=60, sampling=sampling)
+        norms = self._clip_norms(clipping, _unit_updates(), rounds=50, sampling=sampling)
         distance = np.abs(np.log(norms))
         assert (np.diff(distance[:16]) < 0).mean() > 0.9, "it does not move towards 1"
         assert distance[-20:].max() < 0.5
@@ -50,14 +51,14 @@ class AdaptiveClippingContract(StrategySubject):
 
     def test_the_noise_on_the_clip_norm_is_there_and_full_sized(self):
         # Nobody answers in time: what moves the clip norm is the indicator's noise alone.
-        rounds, nodes, step = 6_000, 2, 1e-3
+        rounds, nodes, step = 7_500, 2, 1e-3
         clipping = AdaptiveClipping(initial=1.0, learning_rate=step)
         grid = RecordingGrid(lambda _: None, nodes)
         norms = self._clip_norms(
             clipping, grid, rounds=rounds, sampling=EveryoneSampling(nodes), give_up_after=None
         )
         noise_on_count = -np.diff(np.log(norms)) / step * nodes
-        # s_b = max(m / 20, z) = 1; six thousand rounds tell 10 % apart, the next test the rest.
+        # s_b = max(m / 20, z) = 1; so many rounds miss 10 % once in 7e8, the next test sees less.
         statistics.require_scale(noise_on_count, 1.0, allowance=0.01, off=1.1, shape=False)
 
     @pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 3.0])
@@ -81,15 +82,26 @@ class AdaptiveClippingContract(StrategySubject):
 
     def test_the_noise_uses_the_clip_norm_that_clipped_and_not_the_next(self):
         assert isinstance(self, FreshNoise)
-        noise, norms = self.noise(noise_multiplier=1.0, rounds=12, dimension=40_000)
-        stated = self.update_noise_multiplier(1.0, 2)
+        rounds, dimension = 6, 80_000
+        # Nobody moves, so that all fit and log C moves by -1 and noise of 1: by 4 % or less it
+        # moves in one round of 52, and in five of six once in 6e7.
+        far = AdaptiveClipping(initial=1.0, learning_rate=2.0)
+        noise, norms = self.noise_of(
+            self.strategy_with(far, **self.everyone(noise_multiplier=1.0)), rounds, dimension
+        )
+        stated = self.update_noise_multiplier(1.0, NODES_WITHOUT_UPDATES)
+        noise *= NODES_WITHOUT_UPDATES
+        # All rounds together see a scale 3 % off; a round alone misses it once in 1e9.
+        used = noise / norms[:-1, None]
+        statistics.require_scale(used.ravel(), stated, allowance=0.01, shape=False)
         told_apart = 0
-        for of_one_round, (used, following) in zip(noise, itertools.pairwise(norms), strict=True):
-            assert statistics.scale_fits(of_one_round * 2 / used, stated)
-            if abs(np.log(following / used)) > np.log(statistics.OFF):
+        for of_one_round, (norm, following) in zip(used, itertools.pairwise(norms), strict=True):
+            assert statistics.scale_fits(of_one_round, stated, highest=stated * 1.01)
+            if abs(np.log(following / norm)) > np.log(statistics.OFF * 1.01):
                 told_apart += 1
-                assert not statistics.scale_fits(of_one_round * 2 / following, stated)
-        assert told_apart >= 3, "the clip norm hardly moves"
+                by_the_next = of_one_round * norm / following
+                assert not statistics.scale_fits(by_the_next, stated, highest=stated * 1.01)
+        assert told_apart >= 2, "the clip norm hardly moves"
 
     def _clip_norms(
         self, clipping: AdaptiveClipping, grid: RecordingGrid, *, rounds: int, **settings: Any
