@@ -22,31 +22,32 @@ False
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
 from flwr.client import NumPyClient
 from flwr.common import Config, NDArrays, Scalar
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
+from dpfl_flower.client.engine_choice import choose_engine
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger, claim
-from dpfl_flower.client.per_example import LossFunction, PerExampleClipper, per_example_clipper
+from dpfl_flower.client.noisy_gradient import NoisyGradient
+from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
-from dpfl_flower.client.separable import require_separable, require_trainable, unchanged_buffers
+from dpfl_flower.client.separable import require_trainable, unchanged_buffers
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 logger = logging.getLogger(NODE_LOGGER)
-
-_GRID: Final = 2.0**-14  # of the noise's standard deviation
 
 __all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
 
@@ -92,6 +93,14 @@ class DPSGDClient(NumPyClient):
         Where the steps are charged.
     policy : NodePolicy, optional
         What the node agrees to; see `NodePolicy.from_node_config`.
+    engine : GradientEngine
+        How per-example gradients are bounded. Default: in one backward pass ("book-keeping") where
+        there is a rule for every layer that is trained, else by Opacus.
+    example : sequence of Tensor or array, optional
+        Inputs and target of one record, of which only shapes and dtypes count: public constants. A
+        model that cannot be trained privately on such records is refused. Without it the shapes are
+        those of the first record that can be read, and nothing that they decide leaves the node: a
+        model that does not pass is trained one record at a time, which is private and slow.
     device : torch.device or str, optional
         Default: ``cuda`` where there is one, else ``cpu``.
     rng : RandomSource, optional
@@ -115,6 +124,8 @@ class DPSGDClient(NumPyClient):
         optimizer: OptimizerFactory,
         ledger: NodeLedger,
         policy: NodePolicy | None = None,
+        engine: GradientEngine = GradientEngine.AUTO,
+        example: Sequence[Tensor | NDArray[Any]] | None = None,
         device: torch.device | str | None = None,
         rng: RandomSource | None = None,
     ) -> None:
@@ -135,8 +146,10 @@ class DPSGDClient(NumPyClient):
         self._optimizer = optimizer
         self._ledger = ledger
         self._policy = NodePolicy() if policy is None else policy
+        self._engine = GradientEngine(engine)
+        self._example = None if example is None else [_one(part, self._device) for part in example]
         self._claim: ConfigRecord | None = None
-        self._separable = False
+        self._clipper: type[PerExampleClipper] | None = None
 
     def get_parameters(self, config: Config) -> NDArrays:
         """Return the model's arrays: as they were built, received or privately trained."""
@@ -153,10 +166,10 @@ class DPSGDClient(NumPyClient):
         """
         self._claim = None
         self._load(parameters)
-        self._check_model()
+        clipper = self._choose_clipper()
         noise_multiplier = self._config.resolve_noise_multiplier()
         self._claim = self._charge(noise_multiplier)
-        self._train(noise_multiplier)
+        self._train(clipper, noise_multiplier)
         return self.get_parameters(config), self._config.weight, {}
 
     def privacy_claim(self) -> ConfigRecord | None:
@@ -177,13 +190,16 @@ class DPSGDClient(NumPyClient):
             for tensor, array in zip(tensors.values(), arrays, strict=True):
                 tensor.copy_(torch.tensor(array))
 
-    def _check_model(self) -> None:
-        if self._separable or (example := self._example()) is None:
-            return
-        require_separable(self._model, self._loss_fn, example, mode=self._config.grad_sample_mode)
-        self._separable = True
+    def _choose_clipper(self) -> type[PerExampleClipper]:
+        if self._clipper is None:
+            public = self._example is not None
+            example = self._example if public else self._first_example()
+            self._clipper = choose_engine(
+                self._model, self._loss_fn, self._engine, example, public=public
+            )
+        return self._clipper
 
-    def _example(self) -> Sequence[Tensor] | None:
+    def _first_example(self) -> Sequence[Tensor] | None:
         # The first record that can be read, for its shapes and dtypes.
         for index in range(len(cast(Sized, self._dataset))):
             with contextlib.suppress(Exception):  # logged when it is trained on
@@ -218,25 +234,22 @@ class DPSGDClient(NumPyClient):
             ledger.charge(run, config.steps_per_round)
             return claim(ledger)
 
-    def _train(self, noise_multiplier: float) -> None:
+    def _train(self, kind: type[PerExampleClipper], noise_multiplier: float) -> None:
         config = self._config
+        clip = Clip(config.clip_norm, config.clip_style)
+        release = NoisyGradient(
+            noise_multiplier * config.clip_norm, config.expected_batch_size, self._rng
+        )
         self._model.train()
         with (
             unchanged_buffers(self._model),
-            per_example_clipper(
-                self._model,
-                self._loss_fn,
-                clip_norm=config.clip_norm,
-                mode=config.grad_sample_mode,
-            ) as clipper,
+            kind(self._model, self._loss_fn, clip=clip) as clipper,
         ):
             optimizer = self._optimizer(clipper.parameters)
             for _ in range(config.steps_per_round):
-                noisy = self._noised(
-                    self._clipped_sum(clipper), noise_multiplier * config.clip_norm
-                )
+                noisy = release(self._clipped_sum(clipper))
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
-                    parameter.grad = (gradient / config.expected_batch_size).to(parameter.dtype)
+                    parameter.grad = gradient.to(parameter.dtype)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -250,8 +263,6 @@ class DPSGDClient(NumPyClient):
         # One record that raises must not be seen from outside: it alone counts as zeros.
         try:
             return clipper.clipped_sum([t.to(self._device) for t in self._gather(indices)])
-        except NodeError:
-            raise
         except Exception as error:
             if len(indices) == 1:
                 logger.warning("A record counts as zeros: it cannot be trained on", exc_info=error)
@@ -274,22 +285,14 @@ class DPSGDClient(NumPyClient):
         items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
         return items
 
-    def _noised(self, total: Sequence[Tensor], stddev: float) -> list[Tensor]:
-        if stddev == 0:
-            return list(total)
-        noise = torch.from_numpy(self._rng.gaussian(sum(t.numel() for t in total)) * stddev)
-        parts = torch.split(noise, [tensor.numel() for tensor in total])
-        grid = stddev * _GRID
-        return [
-            torch.round((tensor.double() + part.to(tensor.device).reshape(tensor.shape)) / grid)
-            * grid
-            for tensor, part in zip(total, parts, strict=True)
-        ]
-
 
 def _add(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
-    for so_far, more in zip(total, part, strict=True):
-        so_far.add_(more)
+    torch._foreach_add_(list(total), list(part))
+
+
+def _one(part: Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    tensor = part.detach() if isinstance(part, Tensor) else torch.as_tensor(part)
+    return tensor.unsqueeze(0).to(device)
 
 
 def _to_numpy(tensor: Tensor) -> Any:

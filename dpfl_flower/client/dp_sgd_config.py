@@ -25,7 +25,7 @@ from dpfl_flower.accounting import (
     Relation,
     calibrate_event,
 )
-from dpfl_flower.client.per_example import GradSampleMode
+from dpfl_flower.client.per_example import ClipStyle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,9 @@ class DPSGDConfig:
         How neighbouring data sets differ in one record.
     weight : int
         The public ``num-examples`` of every answer.
-    grad_sample_mode : GradSampleMode
-        How Opacus bounds gradients: ``hooks`` or ``ghost``.
+    clip_style : ClipStyle
+        What the clip norm bounds: the whole gradient (``flat``), each layer's part of it
+        (``per-layer``), or its length in any case (``automatic``). Epsilon is the same.
     max_physical_batch_size : int
         The most records in memory at once; a larger sample is summed in parts.
 
@@ -78,7 +79,7 @@ class DPSGDConfig:
     target_epsilon: float | None = None
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     weight: int = 1
-    grad_sample_mode: GradSampleMode = GradSampleMode.HOOKS
+    clip_style: ClipStyle = ClipStyle.FLAT
     max_physical_batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class DPSGDConfig:
         else:
             checks.positive(target_epsilon=self.target_epsilon)
         object.__setattr__(self, "relation", Relation(self.relation))
-        object.__setattr__(self, "grad_sample_mode", GradSampleMode(self.grad_sample_mode))
+        object.__setattr__(self, "clip_style", ClipStyle(self.clip_style))
 
     @property
     def planned_steps(self) -> int:
