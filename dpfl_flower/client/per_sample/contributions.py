@@ -137,8 +137,8 @@ class Ghost(Contribution):
 
     ``|sum_t b_t a_t'|^2 = sum_st (a_s . a_t)(b_s . b_t)``: Li et al., arXiv 2110.05679, section 4.
     The terms may cancel, so they are taken in float64, and both their rounding and that of the
-    float32 product in `weighted_sums` are added: with Q = sum_t |a_t| |b_t|,
-    (n + m + T^2 + 4) 2^-52 Q^2 and (T + 4) 2^-24 Q (Higham, Accuracy and Stability of Numerical
+    product in `weighted_sums` are added: with Q = sum_t |a_t| |b_t| and u the unit roundoff of the
+    sum, 2^-24 in float32, (n + m + T^2 + 4) 2^-52 Q^2 and (T + 4) u Q (Higham, Accuracy and Stability of Numerical
     Algorithms, section 3.1).
 
     Parameters
@@ -154,6 +154,7 @@ class Ghost(Contribution):
     ) -> None:
         super().__init__(parameters)
         self._inputs, self._gradients = inputs, gradients
+        self._unit = torch.finfo(gradients.dtype).eps / 2
 
     def squares(self) -> Tensor:
         """Return the squares of upper bounds of the norms."""
@@ -176,16 +177,15 @@ class Ghost(Contribution):
         spread = (length * torch.linalg.vector_norm(b, dim=2)).sum(1)
         rounding = (a.shape[2] + b.shape[2] + positions**2 + 4) * 2.0**-52
         square += rounding * spread.square()
-        bound = square.sqrt_().add_(spread, alpha=(positions + 4) * 2.0**-24)
+        bound = square.sqrt_().add_(spread, alpha=(positions + 4) * self._unit)
         if len(self.parameters) == 1:
             return bound
         return torch.hypot(bound, self._bias_bounds(b))
 
-    @staticmethod
-    def _bias_bounds(b: Tensor) -> Tensor:
+    def _bias_bounds(self, b: Tensor) -> Tensor:
         spread = torch.linalg.vector_norm(b, dim=2).sum(1)
         exact: Tensor = torch.linalg.vector_norm(b.sum(1), dim=1)
-        return exact.add_(spread, alpha=(b.shape[1] + 4) * 2.0**-24)
+        return exact.add_(spread, alpha=(b.shape[1] + 4) * self._unit)
 
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix product over records and positions, and one sum for the bias."""
