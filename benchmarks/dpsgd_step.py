@@ -55,7 +55,7 @@ def ours(task: Task, *, engine: GradientEngine = GradientEngine.AUTO) -> Step:
         model, nn.CrossEntropyLoss(reduction="none"), clip_norm=CLIP_NORM, engine=engine
     ).__enter__()
     optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
-    release = NoisyGradient(NOISE_MULTIPLIER * CLIP_NORM, float(len(batch[-1])), secure())
+    release = NoisyGradient(NOISE_MULTIPLIER, CLIP_NORM, float(len(batch[-1])), secure())
 
     def step() -> None:
         noisy = release(clipper.clipped_sum(batch))

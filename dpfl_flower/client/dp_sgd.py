@@ -39,10 +39,11 @@ from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.engine_choice import choose_engine
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger, claim
-from dpfl_flower.client.noisy_gradient import NoisyGradient
+from dpfl_flower.client.noisy_gradient import NoisyGradient, sum_grid
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.separable import require_trainable, unchanged_buffers
+from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -69,11 +70,9 @@ class DPSGDClient(NumPyClient):
     about a node's records is not private.
 
     Coins and noise come from `dpfl_flower.rng`, which no seed of torch, numpy or random moves. The
-    noise is drawn in floating point and added in float64; the noisy sum is then rounded to a public
-    grid of 2^-14 standard deviations. What leaves is a function of the rounded sums and public
-    constants, also where an answer is one step: the low bits of a draw, which could give away what
-    was added to it, are gone. That is all the rounding does: the draw stays a floating-point
-    approximation of a Gaussian, unlike the exact integers of `dpfl_flower.noise`.
+    clipped sum is floating point, and moves by a clip norm but for its last bits; it is rounded to
+    integers with a fresh dither, and the noise is integers from a table, so that what leaves is
+    the Gaussian mechanism that is charged (see `SumGrid`), and the low bits of a sum never leave.
 
     Parameters
     ----------
@@ -167,8 +166,12 @@ class DPSGDClient(NumPyClient):
         self._claim = None
         self._load(parameters)
         clipper = self._choose_clipper()
-        noise_multiplier = self._config.resolve_noise_multiplier()
-        self._claim = self._charge(noise_multiplier)
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        # The grid of the step is not known yet: no table strays further than the largest one's.
+        noise_multiplier = self._config.resolve_noise_multiplier(
+            total_variation=most_total_variation(trained)
+        )
+        self._claim = self._charge(noise_multiplier, trained)
         self._train(clipper, noise_multiplier)
         return self.get_parameters(config), self._config.weight, {}
 
@@ -206,8 +209,11 @@ class DPSGDClient(NumPyClient):
                 return [tensor.to(self._device) for tensor in self._gather([index])]
         return None
 
-    def _charge(self, noise_multiplier: float) -> ConfigRecord:
+    def _charge(self, noise_multiplier: float, dimension: int) -> ConfigRecord:
         config, run = self._config, self._ledger.run
+        astray = 0.0
+        if noise_multiplier:
+            astray = sum_grid(noise_multiplier, dimension).total_variation
         # Noise that a seed reproduces can be subtracted: it is charged as none.
         charged = noise_multiplier if self._rng.protects else 0.0
         step = config.event(charged)
@@ -223,6 +229,7 @@ class DPSGDClient(NumPyClient):
                     [*ledger.events(), Composed(step, config.steps_per_round)],
                     delta=ledger.delta,
                     relation=ledger.relation,
+                    total_variation=ledger.total_variation + astray * config.steps_per_round,
                 )
             self._policy.check(
                 noise_multiplier=charged,
@@ -230,7 +237,13 @@ class DPSGDClient(NumPyClient):
                 delta=ledger.delta,
                 durable=ledger.durable,
             )
-            ledger.plan(run, step, config.planned_steps, max_charge=config.steps_per_round)
+            ledger.plan(
+                run,
+                step,
+                config.planned_steps,
+                max_charge=config.steps_per_round,
+                total_variation=astray,
+            )
             ledger.charge(run, config.steps_per_round)
             return claim(ledger)
 
@@ -238,7 +251,7 @@ class DPSGDClient(NumPyClient):
         config = self._config
         clip = Clip(config.clip_norm, config.clip_style)
         release = NoisyGradient(
-            noise_multiplier * config.clip_norm, config.expected_batch_size, self._rng
+            noise_multiplier, config.clip_norm, config.expected_batch_size, self._rng
         )
         self._model.train()
         with (

@@ -126,15 +126,22 @@ class DPSGDConfig:
         release = Gaussian(noise_multiplier)
         return release if self.sampling_rate == 1 else PoissonSampled(self.sampling_rate, release)
 
-    def resolve_noise_multiplier(self) -> float:
-        """Return the noise multiplier, calibrated to ``target_epsilon`` where that was given."""
-        return _noise_multiplier(self)
+    def resolve_noise_multiplier(self, *, total_variation: float = 0.0) -> float:
+        """Return the noise multiplier, calibrated to ``target_epsilon`` where that was given.
+
+        ``total_variation`` bounds how far the noise of one step is from its exact distribution.
+        """
+        return _noise_multiplier(self, total_variation)
 
 
 @functools.lru_cache(maxsize=64)
-def _noise_multiplier(config: DPSGDConfig) -> float:
+def _noise_multiplier(config: DPSGDConfig, total_variation: float) -> float:
     budget = config.budget
     if budget is None:
         assert config.noise_multiplier is not None
         return float(config.noise_multiplier)
-    return calibrate_event(lambda z: Composed(config.event(z), config.planned_steps), budget)
+    return calibrate_event(
+        lambda z: Composed(config.event(z), config.planned_steps),
+        budget,
+        total_variation=total_variation * config.planned_steps,
+    )

@@ -27,6 +27,7 @@ from dpfl_flower.client import (
     NodePolicy,
     numpy_client_app,
 )
+from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.rng import SeededRandom
 from tests.support.node import all_bytes, context, message
 
@@ -342,7 +343,7 @@ def test_a_noisy_sum_leaves_on_a_public_grid(dtype):
     )
     zeros = [np.zeros_like(array) for array in client.get_parameters({})]
     after, _, _ = client.fit(zeros, {})
-    grid = 1.3 * 0.7 * 2.0**-14
+    grid = 0.7 / SumGrid.for_noise_multiplier(1.3, 4).clip_units
     for array in after:
         cells = array.astype(np.float64) / grid
         assert np.abs(cells).max() > 1
