@@ -20,7 +20,6 @@ False
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, cast
 
@@ -35,20 +34,20 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
+from dpfl_flower.client.clip_norms import ClipNorms
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.engine_choice import choose_engine
-from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
+from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger, claim
-from dpfl_flower.client.noisy_gradient import NoisyGradient, sum_grid
+from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.sample_sum import SampleSum
 from dpfl_flower.client.separable import require_trainable, unchanged_buffers
 from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-logger = logging.getLogger(NODE_LOGGER)
 
 __all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
 
@@ -206,14 +205,15 @@ class DPSGDClient(NumPyClient):
         # The first record that can be read, for its shapes and dtypes.
         for index in range(len(cast(Sized, self._dataset))):
             with contextlib.suppress(Exception):  # logged when it is trained on
-                return [tensor.to(self._device) for tensor in self._gather([index])]
+                return self._records([index])
         return None
 
     def _charge(self, noise_multiplier: float, dimension: int) -> ConfigRecord:
         config, run = self._config, self._ledger.run
-        astray = 0.0
-        if noise_multiplier:
-            astray = sum_grid(noise_multiplier, dimension).total_variation
+        clip_norms = ClipNorms(
+            config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
+        )
+        astray = clip_norms.total_variation(dimension)
         # Noise that a seed reproduces can be subtracted: it is charged as none.
         charged = noise_multiplier if self._rng.protects else 0.0
         step = config.event(charged)
@@ -249,41 +249,37 @@ class DPSGDClient(NumPyClient):
 
     def _train(self, kind: type[PerExampleClipper], noise_multiplier: float) -> None:
         config = self._config
-        clip = Clip(config.clip_norm, config.clip_style)
-        release = NoisyGradient(
-            noise_multiplier, config.clip_norm, config.expected_batch_size, self._rng
+        clip_norms = ClipNorms(
+            config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
         )
         self._model.train()
         with (
             unchanged_buffers(self._model),
-            kind(self._model, self._loss_fn, clip=clip) as clipper,
+            kind(
+                self._model,
+                self._loss_fn,
+                clip=Clip(clip_norms.current, config.clip_style),
+                autocast=config.mixed_precision,
+            ) as clipper,
         ):
             optimizer = self._optimizer(clipper.parameters)
             for _ in range(config.steps_per_round):
-                noisy = release(self._clipped_sum(clipper))
+                clipper.clip = Clip(clip_norms.current, config.clip_style)
+                sample = SampleSum(clipper, self._records)
+                for indices in self._sample():
+                    sample.add(indices)
+                release = NoisyGradient(
+                    clip_norms.noise_multiplier,
+                    clip_norms.current,
+                    config.expected_batch_size,
+                    self._rng,
+                )
+                noisy = release(sample.total)
+                clip_norms.update(sample.fitting)
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
                     parameter.grad = gradient.to(parameter.dtype)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-
-    def _clipped_sum(self, clipper: PerExampleClipper) -> list[Tensor]:
-        total = clipper.zeros()
-        for indices in self._sample():
-            _add(total, self._sum_of(clipper, indices))
-        return total
-
-    def _sum_of(self, clipper: PerExampleClipper, indices: Sequence[int]) -> list[Tensor]:
-        # One record that raises must not be seen from outside: it alone counts as zeros.
-        try:
-            return clipper.clipped_sum([t.to(self._device) for t in self._gather(indices)])
-        except Exception as error:
-            if len(indices) == 1:
-                logger.warning("A record counts as zeros: it cannot be trained on", exc_info=error)
-                return clipper.zeros()
-        total = clipper.zeros()
-        for index in indices:
-            _add(total, self._sum_of(clipper, [index]))
-        return total
 
     def _sample(self) -> Iterator[Sequence[int]]:
         coins = self._rng.coins(self._config.sampling_rate, len(cast(Sized, self._dataset)))
@@ -292,15 +288,14 @@ class DPSGDClient(NumPyClient):
         for start in range(0, len(chosen), size):
             yield chosen[start : start + size].tolist()
 
+    def _records(self, indices: Sequence[int]) -> list[Tensor]:
+        return [tensor.to(self._device) for tensor in self._gather(indices)]
+
     def _gather(self, indices: Sequence[int]) -> Sequence[Tensor]:
         if isinstance(self._dataset, TensorDataset):
             return [tensor[indices] for tensor in self._dataset.tensors]
         items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
         return items
-
-
-def _add(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
-    torch._foreach_add_(list(total), list(part))
 
 
 def _one(part: Tensor | NDArray[Any], device: torch.device) -> Tensor:

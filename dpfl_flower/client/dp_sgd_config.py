@@ -26,6 +26,7 @@ from dpfl_flower.accounting import (
     calibrate_event,
 )
 from dpfl_flower.client.per_example import ClipStyle
+from dpfl_flower.clipping import AdaptiveClipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,16 @@ class DPSGDConfig:
         How neighbouring data sets differ in one record.
     weight : int
         The public ``num-examples`` of every answer.
+    adaptive_clipping : AdaptiveClipping, optional
+        How the clip norm follows a quantile of the gradients' norms from step to step; its
+        ``initial`` is ``clip_norm``. Each step then also releases a noisy count. The noise on the
+        gradients is raised by what the count costs (arXiv 1905.03871, Theorem 1), so that both
+        together are the one Gaussian release of ``noise_multiplier`` that the ledger is charged.
     clip_style : ClipStyle
         What the clip norm bounds: the whole gradient (``flat``), each layer's part of it
         (``per-layer``), or its length in any case (``automatic``). Epsilon is the same.
+    mixed_precision : bool
+        Run the model in bfloat16 where torch's autocast does. Norms, sums and noise are not.
     max_physical_batch_size : int
         The most records in memory at once; a larger sample is summed in parts.
 
@@ -79,7 +87,9 @@ class DPSGDConfig:
     target_epsilon: float | None = None
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     weight: int = 1
+    adaptive_clipping: AdaptiveClipping | None = None
     clip_style: ClipStyle = ClipStyle.FLAT
+    mixed_precision: bool = False
     max_physical_batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -108,6 +118,22 @@ class DPSGDConfig:
             checks.positive(target_epsilon=self.target_epsilon)
         object.__setattr__(self, "relation", Relation(self.relation))
         object.__setattr__(self, "clip_style", ClipStyle(self.clip_style))
+        if self.adaptive_clipping is not None:
+            self._check_adaptive_clipping(self.adaptive_clipping)
+
+    def _check_adaptive_clipping(self, adaptive: AdaptiveClipping) -> None:
+        if adaptive.initial != self.clip_norm:
+            raise ValueError(
+                f"adaptive_clipping.initial={adaptive.initial!r} must be "
+                f"clip_norm={self.clip_norm!r}"
+            )
+        if self.clip_style is not ClipStyle.FLAT:
+            raise ValueError(
+                f"clip_style={self.clip_style.value!r} must be 'flat' with adaptive_clipping: the "
+                "quantile is of whole norms"
+            )
+        if self.noise_multiplier is not None:  # the same for one that is yet to be calibrated
+            adaptive.update_noise_multiplier(self.noise_multiplier, self.expected_batch_size)
 
     @property
     def planned_steps(self) -> int:

@@ -110,8 +110,8 @@ class SumGrid:
 
 
 def most_total_variation(dimension: int) -> float:
-    """Return a bound on `SumGrid.total_variation` of any grid with ``dimension`` entries."""
-    return _FAILURE + dimension * RoundedGaussian(_LARGEST_NOISE_UNITS).total_variation
+    """Return a bound for any grid with ``dimension`` entries, and for one of a single count."""
+    return 2 * _FAILURE + (dimension + 1) * RoundedGaussian(_LARGEST_NOISE_UNITS).total_variation
 
 
 def _before_rounding(bound: float, dimension: int) -> float:

@@ -138,8 +138,8 @@ class Ghost(Contribution):
     ``|sum_t b_t a_t'|^2 = sum_st (a_s . a_t)(b_s . b_t)``: Li et al., arXiv 2110.05679, section 4.
     The terms may cancel, so they are taken in float64, and both their rounding and that of the
     product in `weighted_sums` are added: with Q = sum_t |a_t| |b_t| and u the unit roundoff of the
-    sum, 2^-24 in float32, (n + m + T^2 + 4) 2^-52 Q^2 and (T + 4) u Q (Higham, Accuracy and Stability of Numerical
-    Algorithms, section 3.1).
+    sum, 2^-24 in float32, (n + m + T^2 + 4) 2^-52 Q^2 and (T + 4) u Q (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1).
 
     Parameters
     ----------

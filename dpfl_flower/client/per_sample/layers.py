@@ -23,6 +23,7 @@ from dpfl_flower.client.per_sample.patches import patches
 Rule = Callable[[Any, Tensor, Tensor], list[Contribution]]
 
 _HELD_GROWTH: Final = 4
+_PATCHES: Final = 1 << 20  # numbers at once: 4 MiB
 
 
 def contributions(module: nn.Module, inputs: Tensor, gradients: Tensor) -> list[Contribution]:
@@ -130,17 +131,20 @@ def _convolution(
     flat = gradients.flatten(2)  # (records, m, T)
     if not _trainable(module, "weight"):
         return [Held(parameters, [flat.sum(2)])]
-    if module.groups == 1:
-        weights, positions = math.prod(module.weight.shape), flat.shape[2]
-        n, m = weights // module.out_channels, module.out_channels
+    positions, m = flat.shape[2], module.out_channels // module.groups
+    n = math.prod(module.weight.shape[1:])
+    if module.groups == 1 and n * m > max(2 * positions**2, _HELD_GROWTH * positions * (n + m)):
         columns = patches(module, inputs).squeeze(1)  # (records, n, T)
-        if n * m > max(2 * positions**2, _HELD_GROWTH * positions * (n + m)):
-            return [Ghost(parameters, columns.transpose(1, 2), flat.transpose(1, 2))]
-        held = [torch.bmm(flat, columns.transpose(1, 2)), flat.sum(2)]
-        return [Held(parameters, held[: len(parameters)])]
-    of_groups = flat.reshape(len(flat), module.groups, -1, flat.shape[2])
-    held = [of_groups @ patches(module, inputs).transpose(2, 3), flat.sum(2)]
-    return [Held(parameters, held[: len(parameters)])]
+        return [Ghost(parameters, columns.transpose(1, 2), flat.transpose(1, 2))]
+    of_groups = flat.reshape(len(flat), module.groups, m, positions)
+    weights = flat.new_empty((len(flat), module.groups, m, n))
+    # Patches are many times the input: a few records at a time stay in cache.
+    size = max(1, _PATCHES // (module.groups * n * positions))
+    for part, of_part, into in zip(
+        *(torch.split(tensor, size) for tensor in (inputs, of_groups, weights)), strict=True
+    ):
+        torch.matmul(of_part, patches(module, part).transpose(2, 3), out=into)
+    return [Held(parameters, [weights, flat.sum(2)][: len(parameters)])]
 
 
 def _embedding(module: nn.Embedding, inputs: Tensor, gradients: Tensor) -> list[Contribution]:

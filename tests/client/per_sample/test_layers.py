@@ -1,4 +1,4 @@
-"""For every kind of layer the clipped sum is that of Opacus' hooks, or of autograd where it errs."""
+"""Every layer's clipped sum is that of Opacus' hooks, or of autograd where those err."""
 
 import pytest
 import torch
