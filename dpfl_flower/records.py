@@ -22,3 +22,6 @@ LEDGER_PATH: Final = "ledger-path"
 MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"
 MAX_EPSILON: Final = "max-epsilon"
 MAX_DELTA: Final = "max-delta"
+
+# A key of a run's state at a node: the clip norm that released counts have led to.
+CLIP_NORM: Final = "dpfl-flower.clip-norm"

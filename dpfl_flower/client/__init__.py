@@ -12,15 +12,16 @@ from dpfl_flower.client.errors import (
 )
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
-from dpfl_flower.client.per_example import GradSampleMode
+from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
 
 __all__ = [
     "NODE_LOGGER",
     "ClaimsPrivacy",
+    "ClipStyle",
     "DPSGDClient",
     "DPSGDConfig",
-    "GradSampleMode",
+    "GradientEngine",
     "ModelRefused",
     "NodeError",
     "NodeErrorCode",

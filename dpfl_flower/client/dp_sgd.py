@@ -20,33 +20,34 @@ False
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord
 from flwr.client import NumPyClient
 from flwr.common import Config, NDArrays, Scalar
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
+from dpfl_flower.client.clip_norms import ClipNorms
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
-from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
+from dpfl_flower.client.engine_choice import choose_engine
+from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger, claim
-from dpfl_flower.client.per_example import LossFunction, PerExampleClipper, per_example_clipper
+from dpfl_flower.client.noisy_gradient import NoisyGradient
+from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
-from dpfl_flower.client.separable import require_separable, require_trainable, unchanged_buffers
+from dpfl_flower.client.sample_sum import SampleSum
+from dpfl_flower.client.separable import require_trainable, unchanged_buffers
+from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-logger = logging.getLogger(NODE_LOGGER)
-
-_GRID: Final = 2.0**-14  # of the noise's standard deviation
 
 __all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
 
@@ -68,11 +69,9 @@ class DPSGDClient(NumPyClient):
     about a node's records is not private.
 
     Coins and noise come from `dpfl_flower.rng`, which no seed of torch, numpy or random moves. The
-    noise is drawn in floating point and added in float64; the noisy sum is then rounded to a public
-    grid of 2^-14 standard deviations. What leaves is a function of the rounded sums and public
-    constants, also where an answer is one step: the low bits of a draw, which could give away what
-    was added to it, are gone. That is all the rounding does: the draw stays a floating-point
-    approximation of a Gaussian, unlike the exact integers of `dpfl_flower.noise`.
+    clipped sum is floating point, and moves by a clip norm but for its last bits; it is rounded to
+    integers with a fresh dither, and the noise is integers from a table, so that what leaves is
+    the Gaussian mechanism that is charged (see `SumGrid`), and the low bits of a sum never leave.
 
     Parameters
     ----------
@@ -92,6 +91,14 @@ class DPSGDClient(NumPyClient):
         Where the steps are charged.
     policy : NodePolicy, optional
         What the node agrees to; see `NodePolicy.from_node_config`.
+    engine : GradientEngine
+        How per-example gradients are bounded. Default: in one backward pass ("book-keeping") where
+        there is a rule for every layer that is trained, else by Opacus.
+    example : sequence of Tensor or array, optional
+        Inputs and target of one record, of which only shapes and dtypes count: public constants. A
+        model that cannot be trained privately on such records is refused. Without it the shapes are
+        those of the first record that can be read, and nothing that they decide leaves the node: a
+        model that does not pass is trained one record at a time, which is private and slow.
     device : torch.device or str, optional
         Default: ``cuda`` where there is one, else ``cpu``.
     rng : RandomSource, optional
@@ -115,6 +122,8 @@ class DPSGDClient(NumPyClient):
         optimizer: OptimizerFactory,
         ledger: NodeLedger,
         policy: NodePolicy | None = None,
+        engine: GradientEngine = GradientEngine.AUTO,
+        example: Sequence[Tensor | NDArray[Any]] | None = None,
         device: torch.device | str | None = None,
         rng: RandomSource | None = None,
     ) -> None:
@@ -135,8 +144,10 @@ class DPSGDClient(NumPyClient):
         self._optimizer = optimizer
         self._ledger = ledger
         self._policy = NodePolicy() if policy is None else policy
+        self._engine = GradientEngine(engine)
+        self._example = None if example is None else [_one(part, self._device) for part in example]
         self._claim: ConfigRecord | None = None
-        self._separable = False
+        self._clipper: type[PerExampleClipper] | None = None
 
     def get_parameters(self, config: Config) -> NDArrays:
         """Return the model's arrays: as they were built, received or privately trained."""
@@ -153,10 +164,14 @@ class DPSGDClient(NumPyClient):
         """
         self._claim = None
         self._load(parameters)
-        self._check_model()
-        noise_multiplier = self._config.resolve_noise_multiplier()
-        self._claim = self._charge(noise_multiplier)
-        self._train(noise_multiplier)
+        clipper = self._choose_clipper()
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        # The grid of the step is not known yet: no table strays further than the largest one's.
+        noise_multiplier = self._config.resolve_noise_multiplier(
+            total_variation=most_total_variation(trained)
+        )
+        self._claim = self._charge(noise_multiplier, trained)
+        self._train(clipper, noise_multiplier)
         return self.get_parameters(config), self._config.weight, {}
 
     def privacy_claim(self) -> ConfigRecord | None:
@@ -177,21 +192,28 @@ class DPSGDClient(NumPyClient):
             for tensor, array in zip(tensors.values(), arrays, strict=True):
                 tensor.copy_(torch.tensor(array))
 
-    def _check_model(self) -> None:
-        if self._separable or (example := self._example()) is None:
-            return
-        require_separable(self._model, self._loss_fn, example, mode=self._config.grad_sample_mode)
-        self._separable = True
+    def _choose_clipper(self) -> type[PerExampleClipper]:
+        if self._clipper is None:
+            public = self._example is not None
+            example = self._example if public else self._first_example()
+            self._clipper = choose_engine(
+                self._model, self._loss_fn, self._engine, example, public=public
+            )
+        return self._clipper
 
-    def _example(self) -> Sequence[Tensor] | None:
+    def _first_example(self) -> Sequence[Tensor] | None:
         # The first record that can be read, for its shapes and dtypes.
         for index in range(len(cast(Sized, self._dataset))):
             with contextlib.suppress(Exception):  # logged when it is trained on
-                return [tensor.to(self._device) for tensor in self._gather([index])]
+                return self._records([index])
         return None
 
-    def _charge(self, noise_multiplier: float) -> ConfigRecord:
+    def _charge(self, noise_multiplier: float, dimension: int) -> ConfigRecord:
         config, run = self._config, self._ledger.run
+        clip_norms = ClipNorms(
+            config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
+        )
+        astray = clip_norms.total_variation(dimension)
         # Noise that a seed reproduces can be subtracted: it is charged as none.
         charged = noise_multiplier if self._rng.protects else 0.0
         step = config.event(charged)
@@ -207,6 +229,7 @@ class DPSGDClient(NumPyClient):
                     [*ledger.events(), Composed(step, config.steps_per_round)],
                     delta=ledger.delta,
                     relation=ledger.relation,
+                    total_variation=ledger.total_variation + astray * config.steps_per_round,
                 )
             self._policy.check(
                 noise_multiplier=charged,
@@ -214,52 +237,49 @@ class DPSGDClient(NumPyClient):
                 delta=ledger.delta,
                 durable=ledger.durable and self._ledger.chosen_by_node,
             )
-            ledger.plan(run, step, config.planned_steps, max_charge=config.steps_per_round)
+            ledger.plan(
+                run,
+                step,
+                config.planned_steps,
+                max_charge=config.steps_per_round,
+                total_variation=astray,
+            )
             ledger.charge(run, config.steps_per_round)
             return claim(ledger)
 
-    def _train(self, noise_multiplier: float) -> None:
+    def _train(self, kind: type[PerExampleClipper], noise_multiplier: float) -> None:
         config = self._config
+        clip_norms = ClipNorms(
+            config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
+        )
         self._model.train()
         with (
             unchanged_buffers(self._model),
-            per_example_clipper(
+            kind(
                 self._model,
                 self._loss_fn,
-                clip_norm=config.clip_norm,
-                mode=config.grad_sample_mode,
+                clip=Clip(clip_norms.current, config.clip_style),
+                autocast=config.mixed_precision,
             ) as clipper,
         ):
             optimizer = self._optimizer(clipper.parameters)
             for _ in range(config.steps_per_round):
-                noisy = self._noised(
-                    self._clipped_sum(clipper), noise_multiplier * config.clip_norm
+                clipper.clip = Clip(clip_norms.current, config.clip_style)
+                sample = SampleSum(clipper, self._records)
+                for indices in self._sample():
+                    sample.add(indices)
+                release = NoisyGradient(
+                    clip_norms.noise_multiplier,
+                    clip_norms.current,
+                    config.expected_batch_size,
+                    self._rng,
                 )
+                noisy = release(sample.total)
+                clip_norms.update(sample.fitting)
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
-                    parameter.grad = (gradient / config.expected_batch_size).to(parameter.dtype)
+                    parameter.grad = gradient.to(parameter.dtype)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-
-    def _clipped_sum(self, clipper: PerExampleClipper) -> list[Tensor]:
-        total = clipper.zeros()
-        for indices in self._sample():
-            _add(total, self._sum_of(clipper, indices))
-        return total
-
-    def _sum_of(self, clipper: PerExampleClipper, indices: Sequence[int]) -> list[Tensor]:
-        # One record that raises must not be seen from outside: it alone counts as zeros.
-        try:
-            return clipper.clipped_sum([t.to(self._device) for t in self._gather(indices)])
-        except NodeError:
-            raise
-        except Exception as error:
-            if len(indices) == 1:
-                logger.warning("A record counts as zeros: it cannot be trained on", exc_info=error)
-                return clipper.zeros()
-        total = clipper.zeros()
-        for index in indices:
-            _add(total, self._sum_of(clipper, [index]))
-        return total
 
     def _sample(self) -> Iterator[Sequence[int]]:
         coins = self._rng.coins(self._config.sampling_rate, len(cast(Sized, self._dataset)))
@@ -268,28 +288,19 @@ class DPSGDClient(NumPyClient):
         for start in range(0, len(chosen), size):
             yield chosen[start : start + size].tolist()
 
+    def _records(self, indices: Sequence[int]) -> list[Tensor]:
+        return [tensor.to(self._device) for tensor in self._gather(indices)]
+
     def _gather(self, indices: Sequence[int]) -> Sequence[Tensor]:
         if isinstance(self._dataset, TensorDataset):
             return [tensor[indices] for tensor in self._dataset.tensors]
         items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
         return items
 
-    def _noised(self, total: Sequence[Tensor], stddev: float) -> list[Tensor]:
-        if stddev == 0:
-            return list(total)
-        noise = torch.from_numpy(self._rng.gaussian(sum(t.numel() for t in total)) * stddev)
-        parts = torch.split(noise, [tensor.numel() for tensor in total])
-        grid = stddev * _GRID
-        return [
-            torch.round((tensor.double() + part.to(tensor.device).reshape(tensor.shape)) / grid)
-            * grid
-            for tensor, part in zip(total, parts, strict=True)
-        ]
 
-
-def _add(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
-    for so_far, more in zip(total, part, strict=True):
-        so_far.add_(more)
+def _one(part: Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    tensor = part.detach() if isinstance(part, Tensor) else torch.as_tensor(part)
+    return tensor.unsqueeze(0).to(device)
 
 
 def _to_numpy(tensor: Tensor) -> Any:

@@ -25,7 +25,8 @@ from dpfl_flower.accounting import (
     Relation,
     calibrate_event,
 )
-from dpfl_flower.client.per_example import GradSampleMode
+from dpfl_flower.client.per_example import ClipStyle
+from dpfl_flower.clipping import AdaptiveClipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,16 @@ class DPSGDConfig:
         How neighbouring data sets differ in one record.
     weight : int
         The public ``num-examples`` of every answer.
-    grad_sample_mode : GradSampleMode
-        How Opacus bounds gradients: ``hooks`` or ``ghost``.
+    adaptive_clipping : AdaptiveClipping, optional
+        How the clip norm follows a quantile of the gradients' norms from step to step; its
+        ``initial`` is ``clip_norm``. Each step then also releases a noisy count. The noise on the
+        gradients is raised by what the count costs (arXiv 1905.03871, Theorem 1), so that both
+        together are the one Gaussian release of ``noise_multiplier`` that the ledger is charged.
+    clip_style : ClipStyle
+        What the clip norm bounds: the whole gradient (``flat``), each layer's part of it
+        (``per-layer``), or its length in any case (``automatic``). Epsilon is the same.
+    mixed_precision : bool
+        Run the model in bfloat16 where torch's autocast does. Norms, sums and noise are not.
     max_physical_batch_size : int
         The most records in memory at once; a larger sample is summed in parts.
 
@@ -78,7 +87,9 @@ class DPSGDConfig:
     target_epsilon: float | None = None
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     weight: int = 1
-    grad_sample_mode: GradSampleMode = GradSampleMode.HOOKS
+    adaptive_clipping: AdaptiveClipping | None = None
+    clip_style: ClipStyle = ClipStyle.FLAT
+    mixed_precision: bool = False
     max_physical_batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -106,7 +117,23 @@ class DPSGDConfig:
         else:
             checks.positive(target_epsilon=self.target_epsilon)
         object.__setattr__(self, "relation", Relation(self.relation))
-        object.__setattr__(self, "grad_sample_mode", GradSampleMode(self.grad_sample_mode))
+        object.__setattr__(self, "clip_style", ClipStyle(self.clip_style))
+        if self.adaptive_clipping is not None:
+            self._check_adaptive_clipping(self.adaptive_clipping)
+
+    def _check_adaptive_clipping(self, adaptive: AdaptiveClipping) -> None:
+        if adaptive.initial != self.clip_norm:
+            raise ValueError(
+                f"adaptive_clipping.initial={adaptive.initial!r} must be "
+                f"clip_norm={self.clip_norm!r}"
+            )
+        if self.clip_style is not ClipStyle.FLAT:
+            raise ValueError(
+                f"clip_style={self.clip_style.value!r} must be 'flat' with adaptive_clipping: the "
+                "quantile is of whole norms"
+            )
+        if self.noise_multiplier is not None:  # the same for one that is yet to be calibrated
+            adaptive.update_noise_multiplier(self.noise_multiplier, self.expected_batch_size)
 
     @property
     def planned_steps(self) -> int:
@@ -125,15 +152,22 @@ class DPSGDConfig:
         release = Gaussian(noise_multiplier)
         return release if self.sampling_rate == 1 else PoissonSampled(self.sampling_rate, release)
 
-    def resolve_noise_multiplier(self) -> float:
-        """Return the noise multiplier, calibrated to ``target_epsilon`` where that was given."""
-        return _noise_multiplier(self)
+    def resolve_noise_multiplier(self, *, total_variation: float = 0.0) -> float:
+        """Return the noise multiplier, calibrated to ``target_epsilon`` where that was given.
+
+        ``total_variation`` bounds how far the noise of one step is from its exact distribution.
+        """
+        return _noise_multiplier(self, total_variation)
 
 
 @functools.lru_cache(maxsize=64)
-def _noise_multiplier(config: DPSGDConfig) -> float:
+def _noise_multiplier(config: DPSGDConfig, total_variation: float) -> float:
     budget = config.budget
     if budget is None:
         assert config.noise_multiplier is not None
         return float(config.noise_multiplier)
-    return calibrate_event(lambda z: Composed(config.event(z), config.planned_steps), budget)
+    return calibrate_event(
+        lambda z: Composed(config.event(z), config.planned_steps),
+        budget,
+        total_variation=total_variation * config.planned_steps,
+    )

@@ -25,7 +25,7 @@ from dpfl_flower.client._opacus import AbstractGradSampleModule, ModuleValidator
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
 from dpfl_flower.client.per_example import (
     Batch,
-    GradSampleMode,
+    GradientEngine,
     LossFunction,
     per_example_clipper,
     per_example_losses,
@@ -51,8 +51,9 @@ def require_trainable(model: nn.Module) -> None:
     ModelRefused
         For a model without trainable parameters, one that Opacus wraps already, and for layers that
         couple the records of a batch or keep statistics of them (BatchNorm, also a frozen one or
-        one without weights; InstanceNorm with running statistics) or that Opacus has no gradients
-        for (LSTM, GRU, MultiheadAttention). The message names the layer and the fix.
+        one without weights; InstanceNorm with running statistics; embeddings with ``max_norm`` or
+        ``scale_grad_by_freq``) or that Opacus has no gradients for (LSTM, GRU,
+        MultiheadAttention). The message names the layer and the fix.
     """
     if isinstance(model, AbstractGradSampleModule):
         raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
@@ -64,6 +65,11 @@ def require_trainable(model: nn.Module) -> None:
             raise ModelRefused(f"{name}: {kind} normalises each record by the others; {_FIX}")
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
             raise ModelRefused(f"{name}: {kind} keeps running statistics of records; {_FIX}")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.max_norm is not None:
+                raise ModelRefused(f"{name}: max_norm writes to the rows that records name")
+            if module.scale_grad_by_freq:
+                raise ModelRefused(f"{name}: scale_grad_by_freq counts over the records of a batch")
     was_training = model.training
     try:
         errors = ModuleValidator.validate(model.train(), strict=False)
@@ -103,12 +109,17 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def require_separable(
-    model: nn.Module, loss_fn: LossFunction, example: Batch, *, mode: GradSampleMode
-) -> None:
-    """Raise unless Opacus' gradients of single records are those of autograd, and only theirs.
+    model: nn.Module, loss_fn: LossFunction, example: Batch, *, engine: GradientEngine
+) -> bool:
+    """Raise unless the engine's gradients of single records are those of autograd, and only theirs.
 
     Runs on made-up records of the shapes and dtypes of ``example``, so that the verdict depends on
-    no record. A model that cannot run on them is not checked, except in ghost mode.
+    no record's values. A model that does not run on them cannot be checked.
+
+    Returns
+    -------
+    bool
+        Whether the model was checked.
 
     Parameters
     ----------
@@ -119,9 +130,10 @@ def require_separable(
     Raises
     ------
     ModelRefused
-        If one record's loss depends on another record, if a buffer changes, or if Opacus' clipped
-        sum is not the sum of autograd's clipped gradients (a parameter used outside the forward of
-        its module, an option that Opacus does not know).
+        If one record's loss depends on another record, if a buffer changes, or if the engine's
+        clipped sum is not the sum of autograd's clipped gradients (a parameter used outside the
+        forward of its module, an option that the engine does not know). Also if a model cannot be
+        checked whose norms the engine would only compute.
     ValueError
         If ``loss_fn`` does not return one loss per record.
     """
@@ -133,15 +145,16 @@ def require_separable(
             with torch.no_grad():
                 model(*batch[:-1])
         except Exception as error:
-            if mode is GradSampleMode.GHOST:
+            if engine is GradientEngine.GHOST:
                 raise ModelRefused(
                     "the model does not run on made-up records, so its ghost norms cannot be "
-                    "checked; use mode 'hooks'"
+                    "checked; use engine 'hooks'"
                 ) from error
             logger.info("The model does not run on made-up records: not checked", exc_info=error)
-            return
+            return False
         _require_no_coupling(model, loss_fn, batch)
-        _require_true_gradients(model, loss_fn, batch, mode)
+        _require_true_gradients(model, loss_fn, batch, engine)
+    return True
 
 
 def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
@@ -215,7 +228,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _require_true_gradients(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, mode: GradSampleMode
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, engine: GradientEngine
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     with _same_dropout(parameters[0].device):
@@ -241,15 +254,15 @@ def _require_true_gradients(
         for of_parameter in zip(*gradients, strict=True)
     ]
     with (
-        per_example_clipper(model, loss_fn, clip_norm=clip_norm, mode=mode) as clipper,
+        per_example_clipper(model, loss_fn, clip_norm=clip_norm, engine=engine) as clipper,
         _same_dropout(parameters[0].device),
     ):
         actual = clipper.clipped_sum(batch)
     off = _norm([a.double() - e for a, e in zip(actual, expected, strict=True)])
     if not float(off) <= _TOLERANCE * clip_norm * _PROBES:
         raise ModelRefused(
-            "Opacus' per-example gradients are not autograd's: a parameter is used outside the "
-            "forward of its module, or a layer has an option that Opacus does not know"
+            f"the per-example gradients of engine {engine.value!r} are not autograd's: a parameter "
+            "is used outside the forward of its module, or a layer has an option it does not know"
         )
 
 

@@ -19,7 +19,7 @@ from dpfl_flower.client import (
     NODE_LOGGER,
     DPSGDClient,
     DPSGDConfig,
-    GradSampleMode,
+    GradientEngine,
     ModelRefused,
     NodeError,
     NodeErrorCode,
@@ -27,10 +27,12 @@ from dpfl_flower.client import (
     NodePolicy,
     numpy_client_app,
 )
+from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.rng import SeededRandom
 from tests.support.node import all_bytes, context, message
 
 SECRET = "patient-4711-8.31415926"
+ENGINES = list(GradientEngine)
 MSE = nn.MSELoss(reduction="none")
 
 
@@ -85,18 +87,17 @@ def one_round(client):
 # The mechanism without noise.
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_without_noise_and_clipping_it_is_gradient_descent(mode):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_noise_and_clipping_it_is_gradient_descent(engine):
     config = configured(
         noise_multiplier=0.0,
         clip_norm=1e6,
         expected_batch_size=20,
         steps_per_round=5,
-        grad_sample_mode=mode,
     )
     torch.manual_seed(0)
     model, data = nn.Linear(3, 1), regression()
-    client = client_for(model, data, config)
+    client = client_for(model, data, config, engine=engine)
     start = client.get_parameters({})
     plain = nn.Linear(3, 1)
     plain.load_state_dict(model.state_dict())
@@ -110,15 +111,13 @@ def test_without_noise_and_clipping_it_is_gradient_descent(mode):
         np.testing.assert_allclose(array, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_a_sample_in_parts_gives_the_same_sum(mode):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sample_in_parts_gives_the_same_sum(engine):
     moves = []
     for size in (1, 7, 64):
         torch.manual_seed(0)
-        config = configured(
-            noise_multiplier=0.0, max_physical_batch_size=size, grad_sample_mode=mode
-        )
-        moves.append(one_round(client_for(nn.Linear(3, 1), regression(), config)))
+        config = configured(noise_multiplier=0.0, max_physical_batch_size=size)
+        moves.append(one_round(client_for(nn.Linear(3, 1), regression(), config, engine=engine)))
     for other in moves[1:]:
         for a, b in zip(moves[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -152,18 +151,20 @@ def test_the_normaliser_is_public_and_does_not_follow_the_number_of_records():
 
 
 @pytest.mark.parametrize("value", [1e5, 1e30, np.nan, np.inf])
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_one_hostile_record_moves_a_step_by_at_most_the_clip_norm(mode, value):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_hostile_record_moves_a_step_by_at_most_the_clip_norm(engine, value):
     moves = []
     for n in (20, 21):
         inputs, targets = (t.clone() for t in regression(21).tensors)
         inputs[20] = value
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-        config = configured(noise_multiplier=0.0, grad_sample_mode=mode)
+        config = configured(noise_multiplier=0.0)
         data = TensorDataset(inputs[:n], targets[:n])
         moves.append(
-            np.concatenate([m.ravel() for m in one_round(client_for(model, data, config))])
+            np.concatenate(
+                [m.ravel() for m in one_round(client_for(model, data, config, engine=engine))]
+            )
         )
     assert np.isfinite(moves).all()
     assert np.linalg.norm(moves[1] - moves[0]) <= (1.0 / 10.0) * (1 + 1e-4)
@@ -281,13 +282,13 @@ def flat(outputs, targets):
     return 0 * outputs[:, 0]
 
 
-def noise_of_rounds(n_records, *, rounds=2, rate=1.0, mode=GradSampleMode.HOOKS, **changes):
-    config = configured(sampling_rate=rate, grad_sample_mode=mode, **changes)
+def noise_of_rounds(n_records, *, rounds=2, rate=1.0, engine=GradientEngine.HOOKS, **changes):
+    config = configured(sampling_rate=rate, **changes)
     data = TensorDataset(torch.ones(n_records, D), torch.zeros(n_records))
     moves = []
     for _ in range(rounds):
         reseed()
-        client = client_for(Pushes(D), data, config, loss_fn=flat)
+        client = client_for(Pushes(D), data, config, loss_fn=flat, engine=engine)
         reseed()
         moves.append(one_round(client)[0].ravel())
     return moves
@@ -301,15 +302,21 @@ def right_scale(noise, stddev):
 
 
 @pytest.mark.parametrize(
-    ("n_records", "rate", "mode"),
-    [(3, 1.0, "hooks"), (3, 1.0, "ghost"), (0, 1.0, "hooks"), (3, 1e-9, "ghost")],
-    ids=["hooks", "ghost", "no-records", "empty-sample"],
+    ("n_records", "rate", "engine"),
+    [
+        (3, 1.0, "hooks"),
+        (3, 1.0, "ghost"),
+        (3, 1.0, "bookkeeping"),
+        (0, 1.0, "auto"),
+        (3, 1e-9, "auto"),
+    ],
+    ids=["hooks", "ghost", "bookkeeping", "no-records", "empty-sample"],
 )
-def test_noise_is_there_full_sized_and_fresh_whatever_is_seeded(n_records, rate, mode):
+def test_noise_is_there_full_sized_and_fresh_whatever_is_seeded(n_records, rate, engine):
     changes = {"noise_multiplier": 1.5, "clip_norm": 2.0, "expected_batch_size": 4.0}
     if rate < 1:
         changes["delta"] = 1e-12
-    first, second = noise_of_rounds(n_records, rate=rate, mode=GradSampleMode(mode), **changes)
+    first, second = noise_of_rounds(n_records, rate=rate, engine=GradientEngine(engine), **changes)
     for noise in (first, second):
         assert right_scale(noise, 1.5 * 2.0 / 4.0)
         assert not right_scale(noise, 1.03 * 1.5 * 2.0 / 4.0)
@@ -336,7 +343,7 @@ def test_a_noisy_sum_leaves_on_a_public_grid(dtype):
     )
     zeros = [np.zeros_like(array) for array in client.get_parameters({})]
     after, _, _ = client.fit(zeros, {})
-    grid = 1.3 * 0.7 * 2.0**-14
+    grid = 0.7 / SumGrid.for_noise_multiplier(1.3, 4).clip_units
     for array in after:
         cells = array.astype(np.float64) / grid
         assert np.abs(cells).max() > 1
@@ -626,15 +633,73 @@ def test_a_model_that_is_refused_is_answered_with_a_code_that_names_the_fix():
     assert "ModuleValidator.fix" in reply.error.reason
 
 
-def test_records_that_meet_are_found_before_anything_is_charged(tmp_path):
-    class Centred(nn.Linear):
-        def forward(self, x):
-            return super().forward(x - x.mean(0))
+class Centred(nn.Linear):
+    """Takes the mean over the records of a batch from each."""
 
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+EXAMPLE = [np.zeros(3, np.float32), np.float32(0)]
+
+
+def test_records_that_meet_are_found_before_anything_is_charged(tmp_path):
     ledger = NodeLedger("heart", path=tmp_path / "ledger.jsonl")
-    client = client_for(Centred(3, 1), regression(), configured(), ledger=ledger)
+    client = client_for(Centred(3, 1), regression(), configured(), ledger=ledger, example=EXAMPLE)
     assert code_of(client) is NodeErrorCode.MODEL_REFUSED
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("data", [regression(), TensorDataset(torch.zeros(0, 3), torch.zeros(0))])
+def test_without_a_public_example_no_verdict_on_the_model_leaves(data, caplog):
+    with caplog.at_level(logging.INFO, NODE_LOGGER):
+        reply = app_for(lambda: Centred(3, 1), data)(message("train", request()), context())
+    assert set(reply.content) == {records.ARRAYS, records.METRICS, records.PRIVACY}
+    assert "one record at a time" in caplog.text
+
+
+def test_a_model_that_is_not_refused_for_want_of_an_example_meets_no_two_records():
+    moved = []
+    for n in (20, 21):
+        inputs, targets = (t.clone() for t in regression(21).tensors)
+        inputs[20] = 1e3
+        client = client_for(
+            Centred(3, 1),
+            TensorDataset(inputs[:n], targets[:n]),
+            configured(noise_multiplier=0.0, expected_batch_size=1.0),
+        )
+        client.fit([np.ones((1, 3), np.float32), np.zeros(1, np.float32)], {})
+        moved.append(np.concatenate([a.ravel() for a in client.get_parameters({})]))
+    assert 0.01 < np.linalg.norm(moved[1] - moved[0]) <= 1 + 1e-5
+
+
+class OddlyShaped(Dataset):
+    """Records of three features, one of them of seven."""
+
+    def __init__(self, odd):
+        self.odd = odd
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.ones(7 if index == self.odd else 3), 1.0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("example", [None, EXAMPLE])
+def test_an_oddly_shaped_record_counts_as_zeros_wherever_it_lies(engine, example):
+    moves = []
+    for odd in (0, 5, 19):
+        torch.manual_seed(0)
+        config = configured(noise_multiplier=0.0, clip_norm=0.1)
+        client = client_for(
+            nn.Linear(3, 1), OddlyShaped(odd), config, engine=engine, example=example
+        )
+        moves.append(np.concatenate([m.ravel() for m in one_round(client)]))
+        assert np.linalg.norm(moves[-1]) == pytest.approx(19 * 0.1 / 10, rel=1e-5)
+    np.testing.assert_allclose(moves[0], moves[1], rtol=1e-6)
+    np.testing.assert_allclose(moves[0], moves[2], rtol=1e-6)
 
 
 def test_a_buffer_that_training_writes_is_refused_also_where_the_model_could_not_be_checked():
@@ -675,8 +740,8 @@ def hooks_on(model):
     ) + sum(len(p.__dict__) for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_hooks_are_gone_after_each_round_and_after_an_exception(mode):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hooks_are_gone_after_each_round_and_after_an_exception(engine):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     fails = []
 
@@ -685,8 +750,8 @@ def test_hooks_are_gone_after_each_round_and_after_an_exception(mode):
             raise KeyboardInterrupt  # any Exception would make a record count as zeros
         return column(outputs, targets)
 
-    config = configured(grad_sample_mode=mode, steps_per_round=2)
-    client = client_for(model, regression(), config, loss_fn=loss_fn)
+    config = configured(steps_per_round=2)
+    client = client_for(model, regression(), config, loss_fn=loss_fn, engine=engine)
     for _ in range(3):
         one_round(client)
         assert hooks_on(model) == 0
@@ -701,8 +766,8 @@ def test_hooks_are_gone_after_each_round_and_after_an_exception(mode):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_it_trains_on_cuda_by_default_and_to_the_same_result(mode):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_trains_on_cuda_by_default_and_to_the_same_result(engine):
     moves = []
     for device in ("cpu", None):
         torch.manual_seed(0)
@@ -710,7 +775,7 @@ def test_it_trains_on_cuda_by_default_and_to_the_same_result(mode):
         client = DPSGDClient(
             model,
             regression(),
-            config=configured(noise_multiplier=0.5, grad_sample_mode=mode, steps_per_round=3),
+            config=configured(noise_multiplier=0.5, steps_per_round=3),
             loss_fn=column,
             optimizer=sgd,
             ledger=NodeLedger("test"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dpfl_flower.accounting import Composed, Gaussian, PoissonSampled, epsilon
-from dpfl_flower.client import DPSGDConfig, GradSampleMode
+from dpfl_flower.client import ClipStyle, DPSGDConfig
 
 GOOD = {
     "sampling_rate": 0.1,
@@ -39,7 +39,7 @@ GOOD = {
         ({"weight": 0}, "weight=0"),
         ({"max_physical_batch_size": 0}, "max_physical_batch_size=0"),
         ({"relation": "neighbours"}, "neighbours"),
-        ({"grad_sample_mode": "functorch"}, "functorch"),
+        ({"clip_style": "square"}, "square"),
     ],
 )
 def test_what_is_out_of_bounds_is_named(changes, named):
@@ -48,8 +48,8 @@ def test_what_is_out_of_bounds_is_named(changes, named):
 
 
 def test_strings_are_parsed_once():
-    config = DPSGDConfig(**GOOD, relation="replace-one", grad_sample_mode="ghost")
-    assert config.grad_sample_mode is GradSampleMode.GHOST
+    config = DPSGDConfig(**GOOD, relation="replace-one", clip_style="per-layer")
+    assert config.clip_style is ClipStyle.PER_LAYER
     assert config.relation.name == "REPLACE_ONE"
 
 

@@ -6,10 +6,11 @@ from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from dpfl_flower.client import GradSampleMode, ModelRefused, NodeErrorCode
+from dpfl_flower.client import GradientEngine, ModelRefused, NodeErrorCode
 from dpfl_flower.client.separable import require_separable, require_trainable, unchanged_buffers
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+ENGINES = [e for e in GradientEngine if e is not GradientEngine.AUTO]
 ONE = [torch.zeros(1, 5), torch.zeros(1, dtype=torch.long)]
 
 
@@ -47,8 +48,8 @@ def test_the_fix_that_is_named_works():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 9, 3))
     fixed = ModuleValidator.fix(model)
     require_trainable(fixed)
-    for mode in GradSampleMode:
-        require_separable(fixed, CROSS_ENTROPY, [torch.zeros(1, 1, 5, 5), ONE[1]], mode=mode)
+    for engine in ENGINES:
+        require_separable(fixed, CROSS_ENTROPY, [torch.zeros(1, 1, 5, 5), ONE[1]], engine=engine)
 
 
 def test_a_model_without_anything_to_train_is_refused():
@@ -92,10 +93,10 @@ class Adds(nn.Module):
     ],
     ids=["mean", "neighbour", "softmax", "detached-mean", "detached-max", "batch-size"],
 )
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_a_model_whose_records_meet_is_refused(mode, of):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_whose_records_meet_is_refused(engine, of):
     with pytest.raises(ModelRefused, match="record"):
-        require_separable(head(Adds(of)), CROSS_ENTROPY, ONE, mode=mode)
+        require_separable(head(Adds(of)), CROSS_ENTROPY, ONE, engine=engine)
 
 
 class AddsInTraining(Adds):
@@ -119,20 +120,20 @@ def test_records_that_meet_without_gradients_in_training_only_are_found(of, draw
     layer = AddsInTraining(of, draws=draws)
     for model in (head(layer), head(nn.Dropout(0.5), layer)):
         with pytest.raises(ModelRefused, match="record"):
-            require_separable(model, CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
+            require_separable(model, CROSS_ENTROPY, ONE, engine=GradientEngine.HOOKS)
         assert all(m.p == 0.5 for m in model.modules() if isinstance(m, nn.Dropout))
 
 
 def test_a_batch_that_is_counted_in_training_only_is_found():
     model = head(AddsInTraining(lambda x: torch.tensor(float(len(x))), draws=False))
     with pytest.raises(ModelRefused, match="alone"):
-        require_separable(model, CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
+        require_separable(model, CROSS_ENTROPY, ONE, engine=GradientEngine.HOOKS)
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_a_model_that_draws_in_its_own_way_passes(mode):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_draws_in_its_own_way_passes(engine):
     model = head(AddsInTraining(torch.zeros_like, draws=True), nn.Dropout(0.5))
-    require_separable(model, CROSS_ENTROPY, ONE, mode=mode)
+    require_separable(model, CROSS_ENTROPY, ONE, engine=engine)
     assert model.training and model[2].p == 0.5
 
 
@@ -141,7 +142,7 @@ def test_a_loss_whose_records_meet_is_refused():
         return CROSS_ENTROPY(outputs - outputs.mean(0), targets)
 
     with pytest.raises(ModelRefused, match="record"):
-        require_separable(head(), loss_fn, ONE, mode=GradSampleMode.HOOKS)
+        require_separable(head(), loss_fn, ONE, engine=GradientEngine.HOOKS)
 
 
 class Tied(nn.Module):
@@ -155,19 +156,34 @@ class Tied(nn.Module):
         return self.layer(x) + nn.functional.linear(x * x, self.layer.weight)
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
-def test_gradients_that_opacus_gets_wrong_are_refused(mode):
-    with pytest.raises(ModelRefused, match="autograd's"):
-        require_separable(Tied(), CROSS_ENTROPY, ONE, mode=mode)
-    reflecting = nn.Sequential(
+def reflecting():
+    model = nn.Sequential(
         nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(10, 3)
     )
-    example = [torch.zeros(1, 1, 5), ONE[1]]
+    return model, [torch.zeros(1, 1, 5), ONE[1]]
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "ghost", "hooks"])
+def test_a_parameter_that_hooks_do_not_see_is_refused(engine):
     with pytest.raises(ModelRefused, match="autograd's"):
-        require_separable(reflecting, CROSS_ENTROPY, example, mode=mode)
+        require_separable(Tied(), CROSS_ENTROPY, ONE, engine=GradientEngine(engine))
 
 
-@pytest.mark.parametrize("mode", list(GradSampleMode))
+@pytest.mark.parametrize("engine", ["ghost", "hooks"])
+def test_gradients_that_opacus_gets_wrong_are_refused(engine):
+    model, example = reflecting()
+    with pytest.raises(ModelRefused, match="autograd's"):
+        require_separable(model, CROSS_ENTROPY, example, engine=GradientEngine(engine))
+
+
+def test_where_opacus_is_wrong_another_engine_is_right():
+    assert require_separable(Tied(), CROSS_ENTROPY, ONE, engine=GradientEngine.FUNCTORCH)
+    model, example = reflecting()
+    for engine in (GradientEngine.BOOKKEEPING, GradientEngine.FUNCTORCH):
+        assert require_separable(model, CROSS_ENTROPY, example, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("model", "example"),
     [
@@ -180,10 +196,10 @@ def test_gradients_that_opacus_gets_wrong_are_refused(mode):
     ],
     ids=["dropout", "layer-norm", "embedding"],
 )
-def test_a_sound_model_passes_and_keeps_its_weights(model, example, mode):
+def test_a_sound_model_passes_and_keeps_its_weights(model, example, engine):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random_state = torch.random.get_rng_state()
-    require_separable(model, CROSS_ENTROPY, example, mode=mode)
+    require_separable(model, CROSS_ENTROPY, example, engine=engine)
     assert torch.equal(random_state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -192,7 +208,7 @@ def test_a_sound_model_passes_and_keeps_its_weights(model, example, mode):
 def test_binary_and_regression_targets_pass():
     single = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))
     for loss_fn in (nn.BCEWithLogitsLoss(reduction="none"), nn.MSELoss(reduction="none")):
-        require_separable(single, loss_fn, [ONE[0], torch.zeros(1)], mode=GradSampleMode.GHOST)
+        require_separable(single, loss_fn, [ONE[0], torch.zeros(1)], engine=GradientEngine.GHOST)
 
 
 class Picky(nn.Module):
@@ -209,9 +225,9 @@ class Picky(nn.Module):
 
 
 def test_a_model_that_cannot_be_checked_is_refused_in_ghost_mode_only():
-    require_separable(Picky(), CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
-    with pytest.raises(ModelRefused, match="use mode 'hooks'"):
-        require_separable(Picky(), CROSS_ENTROPY, ONE, mode=GradSampleMode.GHOST)
+    require_separable(Picky(), CROSS_ENTROPY, ONE, engine=GradientEngine.HOOKS)
+    with pytest.raises(ModelRefused, match="use engine 'hooks'"):
+        require_separable(Picky(), CROSS_ENTROPY, ONE, engine=GradientEngine.GHOST)
 
 
 class Counts(nn.Module):
@@ -234,7 +250,7 @@ def test_a_buffer_that_training_writes_is_refused_and_restored(persistent):
         model(torch.ones(2, 5))
     assert model[0].seen.abs().sum() == 0
     with pytest.raises(ModelRefused, match="buffers that change"):
-        require_separable(model, CROSS_ENTROPY, ONE, mode=GradSampleMode.HOOKS)
+        require_separable(model, CROSS_ENTROPY, ONE, engine=GradientEngine.HOOKS)
 
 
 def test_a_buffer_is_restored_after_an_exception_too():

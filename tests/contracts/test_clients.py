@@ -10,7 +10,7 @@ def squared_error(outputs, targets):
 
 
 class DPSGD:
-    grad_sample_mode = "hooks"
+    engine = "auto"
 
     def app(self, training, dataset, *, ledger=None):
         config = DPSGDConfig(
@@ -21,7 +21,6 @@ class DPSGD:
             expected_batch_size=training.expected_batch_size,
             delta=training.delta,
             noise_multiplier=training.noise_multiplier,
-            grad_sample_mode=self.grad_sample_mode,
         )
 
         def client_fn(node):
@@ -31,6 +30,7 @@ class DPSGD:
                 config=config,
                 loss_fn=squared_error,
                 optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+                engine=self.engine,
                 ledger=NodeLedger.from_context(node, dataset="test", path=ledger),
                 device="cpu",
             )
@@ -39,10 +39,16 @@ class DPSGD:
 
 
 class TestDPSGDClient(DPSGD, ClientContract):
-    """Gradients by hooks."""
+    """Gradients by the default engine."""
 
 
 class TestDPSGDClientWithGhostClipping(DPSGD, ClientIsolation):
     """Norms by ghost clipping: what bounds a record is another code."""
 
-    grad_sample_mode = "ghost"
+    engine = "ghost"
+
+
+class TestDPSGDClientWithHooks(DPSGD, ClientIsolation):
+    """Gradients held by Opacus."""
+
+    engine = "hooks"

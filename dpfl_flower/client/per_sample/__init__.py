@@ -1,0 +1,1 @@
+"""Per-example gradients, bounded and summed: one module per way to compute them."""

@@ -1,0 +1,144 @@
+"""What went into each layer and what comes back to it, seen by hooks.
+
+>>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+>>> with Capture(model) as capture:
+...     parts = capture.backward(lambda: model(torch.ones(5, 2)).sum(), records=5)
+>>> [part.parameters[0] is layer.weight for part, layer in zip(parts, (model[2], model[0]))]
+[True, True]
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dpfl_flower.client.errors import ModelRefused
+from dpfl_flower.client.per_sample.contributions import Contribution
+from dpfl_flower.client.per_sample.layers import contributions, least_dimensions, owners
+
+
+class Capture:
+    """Hooks on the layers of a model that hold trainable parameters.
+
+    Each layer's contributions are computed as soon as its gradient arrives in the backward pass, so
+    that no more inputs and gradients are held than the contributions need. No weight's gradient
+    over the batch is computed: autograd is asked for the outputs of the first layers only, and
+    every other layer lies on the way there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        One in which `unsupported` names no layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = list(owners(model).values())
+        self._handles = [
+            module.register_forward_hook(self._forward, with_kwargs=True) for module in self._owners
+        ]
+        self._called: set[nn.Module] = set()
+        self._records = 0
+        self._first: list[GradientEdge] = []
+        self._found: list[Contribution] = []
+        self._active = False
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the hooks off."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def backward(self, loss: Callable[[], Tensor], *, records: int) -> list[Contribution]:
+        """Return the contributions of the records to the summed losses that ``loss()`` returns.
+
+        A layer that was used twice contributes twice.
+
+        Raises
+        ------
+        ModelRefused
+            If what a layer gets does not count the records in its first dimension, or is changed
+            in place after the layer has used it, or if the parameters of a layer that was not
+            called are used nevertheless.
+        """
+        self._records, self._active = records, True
+        try:
+            total = loss()
+            unseen = self._unseen()
+            wanted: list[GradientEdge] = [*self._first, *map(get_gradient_edge, unseen)]
+            if wanted and total.requires_grad:
+                gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+                for p, gradient in zip(unseen, gradients[len(self._first) :], strict=True):
+                    if gradient is not None:
+                        raise ModelRefused(
+                            f"a parameter of shape {tuple(p.shape)} is used outside the forward of "
+                            "its own module, where no hook sees it"
+                        )
+            return self._found
+        finally:
+            self._first, self._found, self._active = [], [], False
+            self._called.clear()
+
+    def _unseen(self) -> list[nn.Parameter]:
+        if len(self._called) == len(self._owners):
+            return []
+        seen = {p for module in self._called for p in module.parameters(recurse=False)}
+        return [
+            p
+            for module in self._owners
+            for p in module.parameters(recurse=False)
+            if p.requires_grad and p not in seen
+        ]
+
+    def _forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self._active:
+            self._called.add(module)
+        if not (self._active and isinstance(output, Tensor) and output.requires_grad):
+            return
+        inputs = args[0] if args else kwargs.get("input")
+        if len(args) + len(kwargs) != 1 or not isinstance(inputs, Tensor):
+            raise ModelRefused(f"{type(module).__name__} is called with more than its input")
+        if not inputs.requires_grad:
+            self._first.append(get_gradient_edge(output))
+        output.register_hook(  # type: ignore[no-untyped-call]
+            _Arrival(self, module, inputs.detach())
+        )
+
+    def arrived(self, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
+        """Take the gradient in a layer's output."""
+        enough = inputs.dim() >= least_dimensions(module)
+        for tensor in (inputs, gradients):
+            if not enough or len(tensor) != self._records:
+                raise ModelRefused(
+                    f"{type(module).__name__} gets or returns a tensor of shape "
+                    f"{tuple(tensor.shape)} for {self._records} records: its first dimension must "
+                    "count the records"
+                )
+        self._found += contributions(module, inputs, gradients)
+
+
+class _Arrival:
+    """Keeps a layer's input until its output's gradient arrives."""
+
+    def __init__(self, capture: Capture, module: nn.Module, inputs: Tensor) -> None:
+        self._capture, self._module = capture, module
+        self._inputs: Tensor | None = inputs
+        self._version = inputs._version
+
+    def __call__(self, gradients: Tensor) -> None:
+        inputs, self._inputs = self._inputs, None
+        if inputs is None or inputs._version != self._version:
+            raise ModelRefused(
+                f"what {type(self._module).__name__} got was changed in place afterwards"
+            )
+        self._capture.arrived(self._module, inputs, gradients)

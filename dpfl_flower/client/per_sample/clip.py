@@ -1,0 +1,125 @@
+"""By what factor each record's gradient is scaled, and which records count as zeros.
+
+>>> squares = torch.tensor([0.25, 4.0, math.nan], dtype=torch.float64)
+>>> scaled = Clip(1.0).scaling([squares])
+>>> [round(float(factor), 6) for factor in scaled.factors[0]], scaled.dropped.tolist()
+([1.0, 0.5, 0.0], [False, False, True])
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from dpfl_flower import checks
+
+_MARGIN: Final = 1 - 2.0**-22
+_LIMIT: Final = 2.0**100
+_STABILITY: Final = 0.01  # gamma of arXiv 2206.07136, section 4
+
+
+class ClipStyle(StrEnum):
+    """What the clip norm bounds; under each, one record moves the sum by at most that norm.
+
+    ``FLAT``: the whole gradient g is scaled by min(1, C / |g|) (Abadi et al., arXiv 1607.00133).
+    ``PER_LAYER``: each of the L layers' parts is clipped to C / sqrt(L) by itself (McMahan et al.,
+    arXiv 1710.06963, section 3.1). ``AUTOMATIC``: g is scaled by C / (|g| + 0.01), so that C is no
+    more than a learning rate (AUTO-S: Bu et al., arXiv 2206.07136, section 4).
+    """
+
+    FLAT = "flat"
+    PER_LAYER = "per-layer"
+    AUTOMATIC = "automatic"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How the records of one batch are scaled.
+
+    Attributes
+    ----------
+    factors : sequence of Tensor
+        For each layer one factor per record, float64; 0 where the record is dropped.
+    dropped : Tensor
+        Which records count as zeros: what is not finite cannot be scaled to zero by a factor.
+    norms : Tensor
+        Of the whole gradients, before clipping, float64.
+    """
+
+    factors: Sequence[Tensor]
+    dropped: Tensor
+    norms: Tensor
+
+    def needed(self) -> Tensor | None:
+        """Return ``dropped``, or None where no record is.
+
+        On an accelerator always ``dropped``: to look would make the host wait for the device.
+        """
+        if self.dropped.device.type == "cpu" and not bool(self.dropped.any()):
+            return None
+        return self.dropped
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The bound on one record's gradient.
+
+    A factor is below the one of the formula by 2^-22: what rounding it to float32 (2^-24) and the
+    product with a float32 gradient (2^-24) add cannot carry a record past C. Adding up the records
+    rounds too, by at most n 2^-24 of the sum of the n norms, as in every sum of floats; that part
+    is not a record's own and lies under the grid that the noisy sum is rounded to.
+
+    Parameters
+    ----------
+    norm : float
+        C, finite and > 0.
+    style : ClipStyle
+        What it bounds.
+    """
+
+    norm: float
+    style: ClipStyle = ClipStyle.FLAT
+
+    def __post_init__(self) -> None:
+        checks.positive(clip_norm=self.norm)
+        object.__setattr__(self, "style", ClipStyle(self.style))
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether each layer has a factor of its own."""
+        return self.style is ClipStyle.PER_LAYER
+
+    def scaling(self, squares: Sequence[Tensor], *, layers: int = 1) -> Scaling:
+        """Return the factors for layers whose gradients have these squared norms.
+
+        A record whose norm is not finite, or above 2^100 C, where float32 factors lose their
+        precision, is dropped.
+
+        Parameters
+        ----------
+        squares : sequence of Tensor
+            One per layer that was used: squared norms or upper bounds of them, float64, one per
+            record.
+        layers : int
+            How many layers share C where each has its part.
+        """
+        total = squares[0] if len(squares) == 1 else torch.stack(list(squares)).sum(0)
+        norms = total.sqrt()
+        dropped = ~(norms <= self.norm * _LIMIT)  # true for nan
+        if self.by_layer:
+            bound = self.norm / math.sqrt(layers)
+            factors = [self._factors(square.sqrt(), bound, dropped) for square in squares]
+        else:
+            factors = [self._factors(norms, self.norm, dropped)] * len(squares)
+        return Scaling(factors, dropped, norms)
+
+    def _factors(self, norms: Tensor, bound: float, dropped: Tensor) -> Tensor:
+        if self.style is ClipStyle.AUTOMATIC:
+            factors = (bound * _MARGIN) / (norms + _STABILITY)
+        else:
+            factors = (bound * _MARGIN / norms).clamp_(max=1.0)
+        return factors.masked_fill_(dropped, 0.0)

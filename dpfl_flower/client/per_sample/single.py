@@ -1,0 +1,51 @@
+"""The clipped sum one record at a time, by autograd: true for every model, and slow.
+
+>>> model = nn.Linear(2, 1)
+>>> with SingleClipper(model, nn.MSELoss(reduction="none"), clip=Clip(1.0)) as clipper:
+...     weight, bias = clipper.clipped_sum((torch.ones(5, 2), torch.ones(5, 1)))
+>>> weight.shape, bias.shape
+(torch.Size([1, 2]), torch.Size([1]))
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dpfl_flower.client.per_sample.clip import Clip
+from dpfl_flower.client.per_sample.clipper import Batch, PerExampleClipper, wide
+
+__all__ = ["Clip", "SingleClipper", "nn", "torch"]
+
+
+class SingleClipper(PerExampleClipper):
+    """Passes each record through the model alone and clips its gradient.
+
+    A record meets no other, so the bound holds for a model that nothing is known about.
+    """
+
+    def _hook(self) -> None:
+        pass
+
+    def _unhook(self) -> None:
+        pass
+
+    def _clipped_sum(self, batch: Batch) -> list[Tensor]:
+        total, norms = self.zeros(), []
+        for record in zip(*(torch.split(tensor, 1) for tensor in batch), strict=True):
+            loss = self._losses(self.model, record).sum()
+            found = (
+                torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                if loss.requires_grad
+                else [None] * len(self.parameters)
+            )
+            gradients = [
+                torch.zeros_like(p, dtype=wide(p))
+                if g is None
+                else (g.to_dense() if g.is_sparse else g).to(wide(p))
+                for p, g in zip(self.parameters, found, strict=True)
+            ]
+            clipped = self._sum_held([g.unsqueeze(0) for g in gradients])
+            torch._foreach_add_(total, clipped)
+            assert self.norms is not None
+            norms.append(self.norms)
+        self.norms = torch.cat(norms)
+        return total
