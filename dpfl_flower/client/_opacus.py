@@ -24,14 +24,12 @@ def _unchanged_root_logger() -> Iterator[None]:
 
 with _unchanged_root_logger():
     from opacus.grad_sample import (
-        AbstractGradSampleModule,
         GradSampleModule,
         GradSampleModuleFastGradientClipping,
     )
     from opacus.validators import ModuleValidator
 
 __all__ = [
-    "AbstractGradSampleModule",
     "GradSampleModule",
     "GradSampleModuleFastGradientClipping",
     "ModuleValidator",

@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
-from dpfl_flower.client.per_example import CLIPPERS, Batch, GradientEngine, LossFunction
+from dpfl_flower.client.per_example import (
+    Batch,
+    GradientEngine,
+    LossFunction,
+    clipper_class,
+)
 from dpfl_flower.client.per_sample.clipper import PerExampleClipper
 from dpfl_flower.client.per_sample.layers import unsupported
 from dpfl_flower.client.per_sample.single import SingleClipper
@@ -81,6 +86,6 @@ def _checked(
             logger.info("Trying Opacus' hooks: book-keeping is refused: %s", error)
             return _checked(model, loss_fn, GradientEngine.HOOKS, example)
     if require_separable(model, loss_fn, example, engine=engine):
-        return CLIPPERS[engine]
+        return clipper_class(engine)
     logger.warning("Training one record at a time: the model does not run on made-up records")
     return SingleClipper

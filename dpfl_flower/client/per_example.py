@@ -9,7 +9,6 @@
 """
 
 from enum import StrEnum
-from typing import Final
 
 import torch
 from torch import nn
@@ -24,16 +23,15 @@ from dpfl_flower.client.per_sample.clipper import (
 )
 from dpfl_flower.client.per_sample.functorch import FunctorchClipper
 from dpfl_flower.client.per_sample.layers import unsupported
-from dpfl_flower.client.per_sample.opacus import GhostClipper, HooksClipper
 
 __all__ = [
-    "CLIPPERS",
     "Batch",
     "Clip",
     "ClipStyle",
     "GradientEngine",
     "LossFunction",
     "PerExampleClipper",
+    "clipper_class",
     "nn",
     "per_example_clipper",
     "per_example_losses",
@@ -59,13 +57,20 @@ class GradientEngine(StrEnum):
     FUNCTORCH = "functorch"
 
 
-CLIPPERS: Final[dict[GradientEngine, type[PerExampleClipper]]] = {
-    GradientEngine.BOOKKEEPING: BookKeepingClipper,
-    GradientEngine.GHOST: GhostClipper,
-    GradientEngine.HOOKS: HooksClipper,
-    GradientEngine.FUNCTORCH: FunctorchClipper,
-}
-"""The clipper of every engine but ``AUTO``."""
+def clipper_class(engine: GradientEngine) -> type[PerExampleClipper]:
+    """Return the clipper of an engine; ``AUTO`` is none."""
+    if engine is GradientEngine.BOOKKEEPING:
+        return BookKeepingClipper
+    if engine is GradientEngine.FUNCTORCH:
+        return FunctorchClipper
+    # Opacus takes seconds to import, which a node that does without it need not wait for.
+    from dpfl_flower.client.per_sample.opacus import GhostClipper, HooksClipper  # noqa: PLC0415
+
+    if engine is GradientEngine.GHOST:
+        return GhostClipper
+    if engine is GradientEngine.HOOKS:
+        return HooksClipper
+    raise ValueError(f"engine={engine!r} must be one that was chosen")
 
 
 def per_example_clipper(
@@ -81,4 +86,4 @@ def per_example_clipper(
     engine = GradientEngine(engine)
     if engine is GradientEngine.AUTO:
         engine = GradientEngine.BOOKKEEPING if unsupported(model) is None else GradientEngine.HOOKS
-    return CLIPPERS[engine](model, loss_fn, clip=Clip(clip_norm, style), autocast=autocast)
+    return clipper_class(engine)(model, loss_fn, clip=Clip(clip_norm, style), autocast=autocast)

@@ -12,6 +12,7 @@ dpfl_flower.client.errors.ModelRefused: 1: BatchNorm1d normalises each record by
 import contextlib
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -21,7 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dpfl_flower.client._opacus import AbstractGradSampleModule, ModuleValidator
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
 from dpfl_flower.client.per_example import (
     Batch,
@@ -30,6 +30,7 @@ from dpfl_flower.client.per_example import (
     per_example_clipper,
     per_example_losses,
 )
+from dpfl_flower.client.per_sample.layers import unsupported
 from dpfl_flower.client.torch_seed import seed_torch
 
 logger = logging.getLogger(NODE_LOGGER)
@@ -55,7 +56,7 @@ def require_trainable(model: nn.Module) -> None:
         ``scale_grad_by_freq``) or that Opacus has no gradients for (LSTM, GRU,
         MultiheadAttention). The message names the layer and the fix.
     """
-    if isinstance(model, AbstractGradSampleModule):
+    if _wrapped_by_opacus(model):
         raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelRefused("the model has no trainable parameter")
@@ -70,13 +71,25 @@ def require_trainable(model: nn.Module) -> None:
                 raise ModelRefused(f"{name}: max_norm writes to the rows that records name")
             if module.scale_grad_by_freq:
                 raise ModelRefused(f"{name}: scale_grad_by_freq counts over the records of a batch")
+    if unsupported(model) is not None and (errors := _opacus_errors(model)):
+        raise ModelRefused(f"{'; '.join(errors)}; {_FIX}")
+
+
+def _wrapped_by_opacus(model: nn.Module) -> bool:
+    opacus = sys.modules.get("opacus.grad_sample")  # where nobody imported it, nobody wraps
+    return opacus is not None and isinstance(model, opacus.AbstractGradSampleModule)
+
+
+def _opacus_errors(model: nn.Module) -> list[str]:
+    """Return what Opacus has against a model that only its hooks could train."""
+    # It takes seconds to import, and most models do without.
+    from dpfl_flower.client._opacus import ModuleValidator  # noqa: PLC0415
+
     was_training = model.training
     try:
-        errors = ModuleValidator.validate(model.train(), strict=False)
+        return [str(error) for error in ModuleValidator.validate(model.train(), strict=False)]
     finally:
         model.train(was_training)
-    if errors:
-        raise ModelRefused(f"{'; '.join(map(str, errors))}; {_FIX}")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ if {configured}:
 before = (root.level, list(root.handlers))
 import dpfl_flower.client
 import sys
+assert "opacus" not in sys.modules, "it takes seconds, and most models do without it"
+import dpfl_flower.client._opacus
 assert "opacus.utils.module_utils" in sys.modules
 assert (root.level, root.handlers) == before, (root.level, root.handlers)
 """

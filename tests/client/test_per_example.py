@@ -8,12 +8,17 @@ import torch
 from torch import nn
 
 from dpfl_flower.client import ModelRefused
-from dpfl_flower.client.per_example import CLIPPERS, Clip, per_example_clipper, per_example_losses
+from dpfl_flower.client.per_example import (
+    Clip,
+    GradientEngine,
+    per_example_clipper,
+    per_example_losses,
+)
 from dpfl_flower.client.per_sample.single import SingleClipper
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 C = 0.5
-ENGINES = list(CLIPPERS)
+ENGINES = [engine for engine in GradientEngine if engine is not GradientEngine.AUTO]
 BY_HOOKS = ["hooks", "ghost"]
 
 
