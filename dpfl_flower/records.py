@@ -25,3 +25,16 @@ MAX_DELTA: Final = "max-delta"
 
 # A key of a run's state at a node: the clip norm that released counts have led to.
 CLIP_NORM: Final = "dpfl-flower.clip-norm"
+
+# Secure aggregation: what travels in a ConfigRecord, the masked vector in an ArrayRecord, and what
+# a node keeps of the round in its state. The update asked for is a ConfigRecord of its own.
+SECAGG: Final = "secagg"
+MASKED: Final = "masked"
+UPDATE: Final = "update"
+SECAGG_STATE: Final = "dpfl-flower.secagg.state"
+SECAGG_PROGRESS: Final = "dpfl-flower.secagg.progress"
+SECAGG_MIN_COHORT: Final = "secagg-min-cohort"
+SECAGG_COLLUDERS: Final = "secagg-colluders"
+SECAGG_IDENTITY: Final = "secagg-identity"
+SECAGG_ROSTER: Final = "secagg-roster"
+SECAGG_JOURNAL: Final = "secagg-journal"

@@ -14,6 +14,7 @@ from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.secure_aggregation import secure_aggregation_mod
 
 __all__ = [
     "NODE_LOGGER",
@@ -31,4 +32,5 @@ __all__ = [
     "guard_mod",
     "guarded",
     "numpy_client_app",
+    "secure_aggregation_mod",
 ]

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -31,6 +31,7 @@ from dpfl_flower.clipping import ClippingPolicy
 from dpfl_flower.federated_dropout import FederatedDropout
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
+from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
@@ -48,6 +49,7 @@ from dpfl_strategies.round_loop import (
     log_result,
     run_rounds,
 )
+from dpfl_strategies.secure_gathering import SecureGathering
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
 
@@ -117,6 +119,13 @@ class PrivateStrategy(Strategy, ABC):
         Sends each node a smaller model of its own, with a random part of the hidden units; nodes
         must build their model by the shapes they are sent. Only where every node is one unit. What
         a round costs stays the same; the noise on an entry grows as fewer nodes train it.
+    secure_aggregation:
+        ``SecAggPlus()``: nodes bound their own vectors and mask them, so that the server learns
+        nothing but the exact sum, to which it adds the noise. Apps put
+        :func:`~dpfl_flower.client.secure_aggregation_mod` around their train function. A round
+        with too few survivors is abandoned: nothing is released or charged. With nodes as units
+        the relation must be zero-out or replace-one, because whether a round is abandoned shows
+        whether a node is there. None (the default): the server sees each answer.
 
     Raises
     ------
@@ -124,9 +133,13 @@ class PrivateStrategy(Strategy, ABC):
         For an argument out of range, naming it, its value and the bound.
     """
 
+    weighs_by_weighting: ClassVar[bool] = False
+    """Whether `weigh` is that of ``weighting``, so that nodes can be told how to weigh."""
+
     _PIPELINE: Final = (
         "prepare",
         "configure_train",
+        "continue_train",
         "aggregate_train",
         "configure_evaluate",
         "aggregate_evaluate",
@@ -142,6 +155,8 @@ class PrivateStrategy(Strategy, ABC):
                     f"{cls.__name__}.{name} belongs to the private pipeline and cannot be "
                     "overridden; subclass weigh or apply_noisy_mean, or hand in a Sampling"
                 )
+        if "weigh" in vars(cls) and "weighs_by_weighting" not in vars(cls):
+            cls.weighs_by_weighting = False
 
     def __init__(
         self,
@@ -169,6 +184,7 @@ class PrivateStrategy(Strategy, ABC):
         noise_seed: int | None = None,
         num_nodes: int | None = None,
         federated_dropout: FederatedDropout | None = None,
+        secure_aggregation: SecureAggregation | None = None,
     ) -> None:
         request = PrivacyRequest.parse(
             sampling=sampling,
@@ -251,6 +267,18 @@ class PrivateStrategy(Strategy, ABC):
                     "how many records a unit has stays in its node"
                 )
         self._federated_dropout = federated_dropout
+        if secure_aggregation is not None:
+            if federated_dropout is not None:
+                raise ValueError(
+                    f"federated_dropout={federated_dropout!r} must be None with "
+                    "secure_aggregation: masked vectors are all of one length"
+                )
+            self._gathering = SecureGathering(
+                self._gathering,
+                secure_aggregation,
+                request=request,
+                weighting=self.weighting if self.weighs_by_weighting else None,
+            )
         self._registry = self._new_registry()
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
@@ -287,7 +315,7 @@ class PrivateStrategy(Strategy, ABC):
             "server_optimizer": repr(self.server_optimizer),
             "rounding": str(self._plan.rounding),
             "max_inflation": repr(self._plan.max_inflation),
-            "nodes": type(self._gathering).__name__,
+            "nodes": self._gathering.name,
             "federated_dropout": repr(self._federated_dropout),
             "unit": str(self._plan.request.unit),
             "relation": str(self._plan.request.relation),
@@ -322,6 +350,7 @@ class PrivateStrategy(Strategy, ABC):
             If the files are damaged, in use, or belong to another run.
         """
         checks.positive_int(num_rounds=num_rounds)
+        self._gathering.stage_seconds = timeout
         arrays = self.prepare(initial_arrays, num_rounds)
         assert self._run is not None
         result = PrivateResult(signal_to_noise=self._signal_to_noise)
@@ -333,6 +362,7 @@ class PrivateStrategy(Strategy, ABC):
                     failures=self._failures,
                     stop_reason=self._stop_reason,
                     progress=lambda server_round: self._progress(server_round, num_rounds),
+                    proceed=self.continue_train,
                 ),
                 result,
                 grid=grid,
@@ -376,6 +406,11 @@ class PrivateStrategy(Strategy, ABC):
                 raise ValueError(f"initial_arrays[{name!r}] must be finite numbers")
         self._run = self._plan.open(model, num_rounds, settings=self.settings())
         self._signal_to_noise = {}
+        try:
+            self._gathering.prepare(self._run)
+        except BaseException:
+            self.close()
+            raise
         self.optimizer_state = dict(self._run.state.optimizer_state)
         return to_record(self._run.state.model)
 
@@ -401,21 +436,27 @@ class PrivateStrategy(Strategy, ABC):
         run.layout.check(reference)
         registry = self._registry.node_ids(grid)
         self._asked = self._gathering.ask(run, server_round, registry, reference)
-        return to_messages(
-            self._asked.nodes,
-            MessageType.TRAIN,
-            server_round=server_round,
-            arrays=arrays,
-            config=config,
-            extra=self._asked.records,
-            part_of=self._part_of,
-        )
+        return self._gathering.messages(self._asked, arrays=arrays, config=config, grid=grid)
+
+    @final
+    def continue_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> Iterable[Message] | None:
+        """Return the messages that follow from these replies, None where they are the last ones.
+
+        Only secure aggregation takes more than one exchange. ``start`` calls it; in a loop of your
+        own, send what it returns and call it again with the replies, until it returns None; then
+        hand the last replies to ``aggregate_train``.
+        """
+        return self._gathering.proceed(self._open(server_round), replies)
 
     @final
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Bound, sum, charge, add noise, step, save; return the released model.
+
+        None for the model where secure aggregation had to abandon the round: nothing is charged.
 
         Raises
         ------
@@ -424,14 +465,12 @@ class PrivateStrategy(Strategy, ABC):
         BudgetExhausted
             If the budget does not allow the release; nothing is charged or released.
         """
-        run, asked = self._running(), self._asked
-        if asked is None or asked.server_round != server_round:
-            raise RuntimeError(
-                f"round {server_round} has no open cohort: each round is configured, then "
-                "aggregated, once"
-            )
+        run, asked = self._running(), self._open(server_round)
         self._asked = None
         gathered = self._gathering.gather(run, asked, replies)
+        if gathered is None:
+            self._failures.record(asked=max(1, len(asked.nodes)), answered=0)
+            return None, None
         noisy = run.charge_and_release(gathered.total, server_round)
         self._signal_to_noise[server_round] = noisy.signal_to_noise
         model = run.layout.flatten(asked.reference)
@@ -491,6 +530,7 @@ class PrivateStrategy(Strategy, ABC):
         log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
         log.info("\t├──> Sampling: %s", request.sampling)
         log.info("\t├──> Clipping: %s", self._plan.clipping)
+        log.info("\t├──> Trust: %s", self._gathering.trust)
         if self._run is not None:
             log.info("\t├──> Noise multiplier: %.4f", self._run.noise_multiplier)
         if not self._plan.rng.protects:
@@ -502,14 +542,17 @@ class PrivateStrategy(Strategy, ABC):
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _part_of(self, node: int) -> ArrayRecord | None:
-        asked = self._asked
-        if asked is None or node not in asked.submodels:
-            return None
-        return to_record(asked.submodels[node].take(asked.reference))
-
     def _new_registry(self) -> Registry:
         return Registry(self._gathering.num_nodes, wait_seconds=self._wait_seconds)
+
+    def _open(self, server_round: int) -> Asked:
+        asked = self._asked
+        if asked is None or asked.server_round != server_round:
+            raise RuntimeError(
+                f"round {server_round} has no open cohort: each round is configured, then "
+                "aggregated, once"
+            )
+        return asked
 
     def _running(self) -> PrivateRun:
         if self._run is None:
