@@ -25,6 +25,8 @@ from dpfl_flower.accounting.errors import (
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
     Composed,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -55,6 +57,8 @@ __all__ = [
     "CappedPoissonSampling",
     "Composed",
     "CustomSampling",
+    "DistributedDiscreteGaussian",
+    "DistributedSkellam",
     "Event",
     "EveryoneSampling",
     "FixedSizeSampled",
