@@ -24,8 +24,8 @@ def tau(squared_scale: float, *, shares: int) -> float:
     """Return how far a sum of discrete Gaussians is from one discrete Gaussian, at most.
 
     ``10 sum_(k < n) exp(-2 pi^2 v k / (k + 1))``, ``v`` the squared scale of one of the ``n``
-    shares: twice the largest log-ratio of the two laws' probabilities, arXiv 2102.06387,
-    Corollary 12 (for ``v >= 1/4``).
+    shares: twice what bounds the log-ratio of the two laws' probabilities (arXiv 2102.06387,
+    Theorem 1 and Section 3, for ``v >= 1/4``).
     """
     k = np.arange(1, shares, dtype=np.float64)
     return 10 * float(np.exp(-2 * math.pi**2 * squared_scale * (k / (k + 1))).sum()) * _UP
@@ -36,8 +36,8 @@ def discrete_gaussian_rdp(
 ) -> float:
     """Return the Rényi divergence of order ``order`` for a sum of discrete Gaussian shares.
 
-    arXiv 2102.06387, Proposition 14, with D2 and D1 divided by the standard deviation
-    ``sqrt(shares * squared_scale)`` of the sum::
+    arXiv 2102.06387, Theorem 1 and its proof in Section 3, with D2 and D1 divided by the standard
+    deviation ``sqrt(shares * squared_scale)`` of the sum::
 
         min{ a D2^2 / 2 + tau d,  a/2 (D2^2 + 2 D1 tau + tau^2 d),  a/2 (D2 + sqrt(d) tau)^2 }
 
@@ -72,12 +72,13 @@ def discrete_gaussian_rdp(
 def skellam_rdp(order: float, variance: float, *, l2: float, l1: float) -> float:
     """Return the Rényi divergence of order ``order`` for Skellam noise of this total variance.
 
-    arXiv 2110.04995, Theorem 3.5, for integer orders::
+    arXiv 2110.04995, Section 3 and Corollary 4.1 (there with the scale written out), for integer
+    orders::
 
         a D2^2 / (2 mu) + min( ((2a - 1) D2^2 + 6 D1) / (4 mu^2),  3 D1 / (2 mu) )
 
-    That theorem is for integers; between two of them ``(a - 1) D_a`` is convex in a (van Erven and
-    Harremoës, arXiv 1206.2459, Corollary 2), so that the chord through them is a bound.
+    No more than integers is relied on; between two of them ``(a - 1) D_a`` is convex in a (van
+    Erven and Harremoës, arXiv 1206.2459, Corollary 2), so that the chord through them is a bound.
 
     Parameters
     ----------
