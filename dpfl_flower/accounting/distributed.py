@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = ["discrete_gaussian_rdp", "skellam_rdp", "tau"]
 
+_TERMS = 10_000
 _UP = 1 + 2.0**-45
 """Above what rounding in float64 takes from any of the results."""
 
@@ -27,8 +28,11 @@ def tau(squared_scale: float, *, shares: int) -> float:
     shares: twice what bounds the log-ratio of the two laws' probabilities (arXiv 2102.06387,
     Theorem 1 and Section 3, for ``v >= 1/4``).
     """
-    k = np.arange(1, shares, dtype=np.float64)
-    return 10 * float(np.exp(-2 * math.pi**2 * squared_scale * (k / (k + 1))).sum()) * _UP
+    k = np.arange(1, min(shares, _TERMS) + 1, dtype=np.float64)
+    terms = np.exp(-2 * math.pi**2 * squared_scale * (k / (k + 1)))
+    # The terms fall with k: each of those that are left out is at most the first of them.
+    left_out = max(0, shares - 1 - (len(k) - 1)) * float(terms[-1])
+    return 10 * (float(terms[:-1].sum()) + left_out) * _UP
 
 
 def discrete_gaussian_rdp(

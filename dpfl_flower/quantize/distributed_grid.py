@@ -26,6 +26,7 @@ BETA: Final = math.exp(-0.5)
 """How often, at most, a rounded vector is drawn again (arXiv 2102.06387, Theorem 1)."""
 
 _FEWEST_BITS: Final = 8
+_LONGEST: Final = 1 << 32
 
 
 def rounded_norm_bound(clip_units: float, padded: int, *, beta: float = BETA) -> float:
@@ -81,6 +82,7 @@ class DistributedGrid:
         checks.positive(clip_units=self.clip_units)
         checks.at_most(LARGEST_SENSITIVITY_UNITS, sensitivity_units=self.sensitivity_units)
         checks.at_most(self.sensitivity_units, clip_units=self.clip_units)
+        checks.at_most(_LONGEST, dimension=self.dimension)
         checks.at_most(MOST_BITS, bits=self.bits)
         if self.bits < _FEWEST_BITS:
             raise ValueError(f"bits={self.bits!r} must be >= {_FEWEST_BITS}")

@@ -57,6 +57,14 @@ def test_golden_tau():
     assert distributed.tau(0.25, shares=1) == 0
 
 
+@pytest.mark.parametrize("shares", [1, 2, 3, 9_999, 10_000, 10_001, 10_002, 30_000])
+def test_a_long_sum_of_shares_is_bounded_without_adding_all_of_it(shares):
+    exact = 10 * math.fsum(math.exp(-2 * math.pi**2 * 0.3 * k / (k + 1)) for k in range(1, shares))
+    stated = distributed.tau(0.3, shares=shares)
+    assert exact <= stated <= exact * (1 + 1e-3) or (shares == 1 and stated == 0)
+    assert distributed.tau(4, shares=10**15) > 0  # at once
+
+
 def one_share(kind, squared, reach):
     """The pmf on -reach..reach, from the definition."""
     with mpmath.workprec(120):
