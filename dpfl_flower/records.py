@@ -16,9 +16,15 @@ SERVER_ROUND: Final = "server-round"
 COHORT: Final = "cohort"
 INTEGER_SUM: Final = "integer-sum"
 SUM: Final = "sum"
+# A node that adds a share of the noise: what it is asked in a ConfigRecord.
+DISTRIBUTED: Final = "distributed"
 
 # Keys of a node's own config (``flower-supernode --node-config``).
 LEDGER_PATH: Final = "ledger-path"
 MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"
 MAX_EPSILON: Final = "max-epsilon"
 MAX_DELTA: Final = "max-delta"
+MIN_SHARE_MULTIPLIER: Final = "min-share-multiplier"
+MAX_ROUNDS: Final = "max-rounds"
+SECAGG_MIN_COHORT: Final = "secagg-min-cohort"
+SECAGG_COLLUDERS: Final = "secagg-colluders"

@@ -11,6 +11,7 @@ from dpfl_flower.client.errors import (
     guarded,
 )
 from dpfl_flower.client.node_ledger import NodeLedger
+from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import GradSampleMode
 from dpfl_flower.client.policy import NodePolicy
@@ -26,8 +27,11 @@ __all__ = [
     "NodeErrorCode",
     "NodeLedger",
     "NodePolicy",
+    "NoiseShare",
     "OptimizerFactory",
+    "SharePolicy",
     "guard_mod",
     "guarded",
+    "noise_share_mod",
     "numpy_client_app",
 ]
