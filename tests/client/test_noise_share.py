@@ -19,7 +19,7 @@ from dpfl_flower.client import (
     SharePolicy,
     noise_share_mod,
 )
-from dpfl_flower.client.distributed_request import DistributedRequest
+from dpfl_flower.client.distributed_request import DistributedRequest, request_awaiting_share
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.distributed import design
 from dpfl_flower.quantize import centred, decoded
@@ -241,7 +241,7 @@ def test_a_request_that_does_not_fit_is_refused(field, value):
 def test_coins_belong_to_units_inside_nodes_only():
     with pytest.raises(ValueError, match="sampling_rate=None"):
         request(sampling_rate=None)
-    with pytest.raises(ValueError, match="sampling_rate=0.5"):
+    with pytest.raises(ValueError, match=r"sampling_rate=0\.5"):
         request(unit="node", sampling_rate=0.5)
 
 
@@ -348,5 +348,9 @@ def test_messages_of_other_kinds_pass():
 
 
 def test_an_app_without_the_mod_understands_no_request_for_noise():
-    reply = user_cohort_app(cohort_fn)(message("train", content(request(dimension=4))), context())
-    assert reply.error.code == NodeErrorCode.MALFORMED_REQUEST
+    asked = request(dimension=4)
+    forged = RecordDict({**MODEL, records.COHORT: asked.to_config()})
+    for sent in (content(asked), forged):
+        reply = user_cohort_app(cohort_fn)(message("train", sent), context())
+        assert reply.error.code == NodeErrorCode.MALFORMED_REQUEST
+    assert request_awaiting_share() is None

@@ -37,8 +37,8 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     nothing else: neither a count nor a metric. Whatever goes wrong is logged on the node and
     answered with a fixed code (`NodeErrorCode`); a request that does not fit is MALFORMED_REQUEST.
 
-    Behind `noise_share_mod` the message holds a plan for distributed noise instead, and the mod adds
-    this node's share to the sum.
+    Behind `noise_share_mod` the message holds a plan for distributed noise instead, and the mod
+    adds this node's share to the sum.
 
     A node's own ``min-noise-multiplier`` holds for the grid that is asked for. Its ``max-epsilon``
     cannot be kept by a node that does not draw the noise: with one set, the node refuses.
