@@ -26,5 +26,16 @@ MAX_EPSILON: Final = "max-epsilon"
 MAX_DELTA: Final = "max-delta"
 MIN_SHARE_MULTIPLIER: Final = "min-share-multiplier"
 MAX_ROUNDS: Final = "max-rounds"
+
+# Secure aggregation: what travels in a ConfigRecord, the masked vector in an ArrayRecord, and what
+# a node keeps of the round in its state. The update asked for is a ConfigRecord of its own.
+SECAGG: Final = "secagg"
+MASKED: Final = "masked"
+UPDATE: Final = "update"
+SECAGG_STATE: Final = "dpfl-flower.secagg.state"
+SECAGG_PROGRESS: Final = "dpfl-flower.secagg.progress"
 SECAGG_MIN_COHORT: Final = "secagg-min-cohort"
 SECAGG_COLLUDERS: Final = "secagg-colluders"
+SECAGG_IDENTITY: Final = "secagg-identity"
+SECAGG_ROSTER: Final = "secagg-roster"
+SECAGG_JOURNAL: Final = "secagg-journal"

@@ -10,17 +10,20 @@ array([1.5, 2.5])
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-__all__ = ["read_array"]
+from dpfl_flower import records
+
+__all__ = ["answered_arrays", "answered_metrics", "num_examples", "read_array"]
 
 _STYPE = "numpy.ndarray"
 _VERSIONS = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
@@ -72,3 +75,36 @@ def read_array(array: Array) -> NDArray[np.generic]:
         return np.empty(header.shape, header.dtype)
     flat = np.frombuffer(data, header.dtype, count=size, offset=body)
     return flat.reshape(header.shape, order=header.order)
+
+
+def answered_arrays(content: RecordDict) -> dict[str, NDArray[np.generic]]:
+    """Return the arrays a ClientApp answers: those named ``arrays``, or the only ones there are.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there are no arrays, several of another name, or some that cannot be read.
+    """
+    found = content.array_records
+    record = found[records.ARRAYS] if records.ARRAYS in found else _only(found)
+    return {name: read_array(array) for name, array in record.items()}
+
+
+def _only(found: Mapping[str, ArrayRecord]) -> ArrayRecord:
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} array records, expected 1")
+    return next(iter(found.values()))
+
+
+def answered_metrics(content: RecordDict) -> MetricRecord:
+    """Return the metrics named ``metrics``, or the only ones there are, else an empty record."""
+    found = content.metric_records
+    if records.METRICS in found:
+        return found[records.METRICS]
+    return next(iter(found.values())) if len(found) == 1 else MetricRecord()
+
+
+def num_examples(metrics: MetricRecord) -> float:
+    """Return the reported number of examples, NaN where there is none or it is no number."""
+    value = metrics.get(records.NUM_EXAMPLES)
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -15,6 +15,7 @@ from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import GradSampleMode
 from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.secure_aggregation import secure_aggregation_mod
 
 __all__ = [
     "NODE_LOGGER",
@@ -34,4 +35,5 @@ __all__ = [
     "guarded",
     "noise_share_mod",
     "numpy_client_app",
+    "secure_aggregation_mod",
 ]

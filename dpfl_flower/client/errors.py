@@ -33,6 +33,16 @@ class NodeErrorCode(IntEnum):
     BUDGET_EXHAUSTED = 111
     LEDGER_REFUSED = 112
     MODEL_REFUSED = 113
+    SECAGG_TOO_FEW_NODES = 120
+    SECAGG_THRESHOLD_TOO_LOW = 121
+    SECAGG_PEER_KEY_CHANGED = 122
+    SECAGG_SURVIVOR_AND_DROPPED = 123
+    SECAGG_ALREADY_UNMASKED = 124
+    SECAGG_REPLAYED = 125
+    SECAGG_OUT_OF_ORDER = 126
+    SECAGG_UNCONFIRMED = 127
+    SECAGG_JOURNAL = 128
+    SECAGG_REQUIRED = 129
 
     @property
     def reason(self) -> str:
@@ -56,6 +66,20 @@ _REASONS: Final = {
         "the model mixes the records of a batch or keeps statistics of them; "
         "opacus.validators.ModuleValidator.fix replaces BatchNorm with GroupNorm."
     ),
+    NodeErrorCode.SECAGG_TOO_FEW_NODES: "fewer nodes than this node's minimum cohort.",
+    NodeErrorCode.SECAGG_THRESHOLD_TOO_LOW: (
+        "twice the threshold must exceed the neighbours and the colluders among them."
+    ),
+    NodeErrorCode.SECAGG_PEER_KEY_CHANGED: "a peer's key changed, or is another's.",
+    NodeErrorCode.SECAGG_SURVIVOR_AND_DROPPED: "a peer is named as survivor and as dropped.",
+    NodeErrorCode.SECAGG_ALREADY_UNMASKED: "this round was unmasked already.",
+    NodeErrorCode.SECAGG_REPLAYED: "this stage was answered already, or the round is over.",
+    NodeErrorCode.SECAGG_OUT_OF_ORDER: "the stage before this one is missing, or its time is up.",
+    NodeErrorCode.SECAGG_UNCONFIRMED: (
+        "too few peers on this node's roster confirm that it counts as a survivor."
+    ),
+    NodeErrorCode.SECAGG_JOURNAL: "the node's journal refused; its own log says why.",
+    NodeErrorCode.SECAGG_REQUIRED: "this app answers to secure aggregation only.",
 }
 
 

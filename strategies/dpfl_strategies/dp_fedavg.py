@@ -7,13 +7,13 @@ from dpfl_strategies.private_strategy import PrivateStrategy
 
 
 class DPFedAvg(PrivateStrategy):
-    """DP-FedAvg with a trusted server (McMahan et al., arXiv 1710.06963).
+    """DP-FedAvg (McMahan et al., arXiv 1710.06963).
 
     Nodes return weights, as for Flower's ``FedAvg``. The server clips each node's update, sums
     them in integers, adds noise scaled to the clip, divides by the *expected* cohort, and lets the
     server optimizer step. The guarantee holds against whoever sees the released models; the server
-    itself sees every update. Its parameters are those of
-    :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+    itself sees every update, or with ``secure_aggregation`` their exact sum. Its parameters are
+    those of :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
 
     Examples
     --------
@@ -24,6 +24,8 @@ class DPFedAvg(PrivateStrategy):
     ...     clipping=FixedClipping(0.5),
     ... )
     """
+
+    weighs_by_weighting = True
 
     def weigh(self, num_examples: float) -> float:
         """Return the weight that ``weighting`` gives."""

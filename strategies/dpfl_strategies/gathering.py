@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import EveryoneSampling, PoissonSampling, PrivacyUnit, Sampling
+from dpfl_flower.accounting import (
+    EveryoneSampling,
+    PoissonSampling,
+    PrivacyUnit,
+    Sampling,
+    TrustModel,
+)
 from dpfl_flower.rng import RandomSource
-from dpfl_strategies.messages import Arrays
+from dpfl_strategies.messages import Arrays, to_messages
 from dpfl_strategies.private_run import PrivateRun
 from dpfl_strategies.replies import accepted, dropout, parse_sum, parse_train
 
@@ -50,7 +57,25 @@ class Gathered:
 
 
 class Gathering(ABC):
-    """Who is asked in a round, and how the replies become one integer sum."""
+    """Who is asked in a round, and how the replies become one integer sum.
+
+    Attributes
+    ----------
+    stage_seconds : float
+        How long the replies to one exchange of messages are waited for.
+    """
+
+    stage_seconds: float = 3600.0
+
+    @property
+    def name(self) -> str:
+        """What may not change between the parts of a resumed run."""
+        return type(self).__name__
+
+    @property
+    def trust(self) -> TrustModel:
+        """What the server learns."""
+        return TrustModel.CENTRAL
 
     @property
     @abstractmethod
@@ -63,9 +88,35 @@ class Gathering(ABC):
     ) -> Asked:
         """Draw the round's cohort from the registered nodes."""
 
+    def prepare(self, run: PrivateRun) -> None:
+        """Check the run's plan before its first round; ValueError where it cannot work."""
+        del run
+
+    def messages(
+        self, asked: Asked, *, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return the round's first messages, one for each node."""
+        del grid
+        return to_messages(
+            asked.nodes,
+            MessageType.TRAIN,
+            server_round=asked.server_round,
+            arrays=arrays,
+            config=config,
+            extra=asked.records,
+        )
+
+    def proceed(self, asked: Asked, replies: Iterable[Message]) -> list[Message] | None:
+        """Return what to send once these replies are there, None where they are the last ones."""
+        del asked, replies
+        return None
+
     @abstractmethod
-    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered:
-        """Bound and sum the replies; whatever is wrong with one makes it a dropout."""
+    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered | None:
+        """Bound and sum the replies; whatever is wrong with one makes it a dropout.
+
+        None where the sum cannot be had: the round is abandoned, and nothing of it is released.
+        """
 
 
 @final

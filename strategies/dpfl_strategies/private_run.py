@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower.accounting import Gaussian, Ledger
+from dpfl_flower.client.contribution import SumBound, UpdateRequest
 from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
 from dpfl_flower.layout import ArrayLayout
@@ -234,6 +235,29 @@ class PrivateRun:
             server_round=server_round,
             dither_seed=dither_seed,
             sampling_rate=sampling_rate,
+        )
+
+    @property
+    def width(self) -> int:
+        """Entries of one unit's vector."""
+        return self._grid.width
+
+    @property
+    def largest_entry(self) -> int:
+        """No entry of one unit's vector is larger in absolute value."""
+        return max(self._grid.sensitivity_units, self._grid.indicator_units)
+
+    def update_request(
+        self, bound: SumBound, *, dither_seed: bytes | None, w_max: float
+    ) -> UpdateRequest:
+        """Return what a node that is one unit is asked for where it bounds its update itself."""
+        return UpdateRequest(
+            grid=self._grid,
+            clip_norm=self.clip_norm,
+            dither_seed=dither_seed,
+            w_max=w_max,
+            largest=bound.largest,
+            parties=bound.parties,
         )
 
     def charge_and_release(self, total: NDArray[np.int64], server_round: int) -> NoisyMean:

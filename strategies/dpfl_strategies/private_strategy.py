@@ -9,7 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -29,6 +29,7 @@ from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.clipping import ClippingPolicy
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
+from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
@@ -38,6 +39,7 @@ from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.secure_gathering import SecureGathering
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
 
@@ -103,6 +105,13 @@ class PrivateStrategy(Strategy, ABC):
         are asked in every round, draw their own units by secret coins, and answer one integer sum
         (see :class:`~dpfl_flower.client.UserCohort`); ``sampling`` counts units. None (the
         default): every node is one unit.
+    secure_aggregation:
+        ``SecAggPlus()``: nodes bound their own vectors and mask them, so that the server learns
+        nothing but the exact sum, to which it adds the noise. Apps put
+        :func:`~dpfl_flower.client.secure_aggregation_mod` around their train function. A round
+        with too few survivors is abandoned: nothing is released or charged. With nodes as units
+        the relation must be zero-out or replace-one, because whether a round is abandoned shows
+        whether a node is there. None (the default): the server sees each answer.
 
     Raises
     ------
@@ -110,9 +119,13 @@ class PrivateStrategy(Strategy, ABC):
         For an argument out of range, naming it, its value and the bound.
     """
 
+    weighs_by_weighting: ClassVar[bool] = False
+    """Whether `weigh` is that of ``weighting``, so that nodes can be told how to weigh."""
+
     _PIPELINE: Final = (
         "prepare",
         "configure_train",
+        "continue_train",
         "aggregate_train",
         "configure_evaluate",
         "aggregate_evaluate",
@@ -128,6 +141,8 @@ class PrivateStrategy(Strategy, ABC):
                     f"{cls.__name__}.{name} belongs to the private pipeline and cannot be "
                     "overridden; subclass weigh or apply_noisy_mean, or hand in a Sampling"
                 )
+        if "weigh" in vars(cls) and "weighs_by_weighting" not in vars(cls):
+            cls.weighs_by_weighting = False
 
     def __init__(
         self,
@@ -154,6 +169,7 @@ class PrivateStrategy(Strategy, ABC):
         max_inflation: float = 1.01,
         noise_seed: int | None = None,
         num_nodes: int | None = None,
+        secure_aggregation: SecureAggregation | None = None,
     ) -> None:
         request = PrivacyRequest.parse(
             sampling=sampling,
@@ -216,6 +232,13 @@ class PrivateStrategy(Strategy, ABC):
                     f"weighting={self.weighting!r} must be uniform with num_nodes={num_nodes}: "
                     "how many records a unit has stays in its node"
                 )
+        if secure_aggregation is not None:
+            self._gathering = SecureGathering(
+                self._gathering,
+                secure_aggregation,
+                request=request,
+                weighting=self.weighting if self.weighs_by_weighting else None,
+            )
         self._registry = self._new_registry()
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
@@ -251,7 +274,7 @@ class PrivateStrategy(Strategy, ABC):
             "server_optimizer": repr(self.server_optimizer),
             "rounding": str(self._plan.rounding),
             "max_inflation": repr(self._plan.max_inflation),
-            "nodes": type(self._gathering).__name__,
+            "nodes": self._gathering.name,
             "unit": str(self._plan.request.unit),
             "relation": str(self._plan.request.relation),
         }
@@ -284,6 +307,7 @@ class PrivateStrategy(Strategy, ABC):
             If the files are damaged, in use, or belong to another run.
         """
         checks.positive_int(num_rounds=num_rounds)
+        self._gathering.stage_seconds = timeout
         arrays = self.prepare(initial_arrays, num_rounds)
         assert self._run is not None
         try:
@@ -294,6 +318,7 @@ class PrivateStrategy(Strategy, ABC):
                     failures=self._failures,
                     stop_reason=self._stop_reason,
                     progress=lambda server_round: self._progress(server_round, num_rounds),
+                    proceed=self.continue_train,
                 ),
                 PrivateResult(),
                 grid=grid,
@@ -325,6 +350,11 @@ class PrivateStrategy(Strategy, ABC):
         self._run = self._plan.open(
             from_record(initial_arrays), num_rounds, settings=self.settings()
         )
+        try:
+            self._gathering.prepare(self._run)
+        except BaseException:
+            self.close()
+            raise
         self.optimizer_state = dict(self._run.state.optimizer_state)
         return to_record(self._run.state.model)
 
@@ -350,20 +380,27 @@ class PrivateStrategy(Strategy, ABC):
         run.layout.check(reference)
         registry = self._registry.node_ids(grid)
         self._asked = self._gathering.ask(run, server_round, registry, reference)
-        return to_messages(
-            self._asked.nodes,
-            MessageType.TRAIN,
-            server_round=server_round,
-            arrays=arrays,
-            config=config,
-            extra=self._asked.records,
-        )
+        return self._gathering.messages(self._asked, arrays=arrays, config=config, grid=grid)
+
+    @final
+    def continue_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> Iterable[Message] | None:
+        """Return the messages that follow from these replies, None where they are the last ones.
+
+        Only secure aggregation takes more than one exchange. ``start`` calls it; in a loop of your
+        own, send what it returns and call it again with the replies, until it returns None; then
+        hand the last replies to ``aggregate_train``.
+        """
+        return self._gathering.proceed(self._open(server_round), replies)
 
     @final
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Bound, sum, charge, add noise, step, save; return the released model.
+
+        None for the model where secure aggregation had to abandon the round: nothing is charged.
 
         Raises
         ------
@@ -372,14 +409,12 @@ class PrivateStrategy(Strategy, ABC):
         BudgetExhausted
             If the budget does not allow the release; nothing is charged or released.
         """
-        run, asked = self._running(), self._asked
-        if asked is None or asked.server_round != server_round:
-            raise RuntimeError(
-                f"round {server_round} has no open cohort: each round is configured, then "
-                "aggregated, once"
-            )
+        run, asked = self._running(), self._open(server_round)
         self._asked = None
         gathered = self._gathering.gather(run, asked, replies)
+        if gathered is None:
+            self._failures.record(asked=max(1, len(asked.nodes)), answered=0)
+            return None, None
         noisy = run.charge_and_release(gathered.total, server_round)
         model = run.layout.flatten(asked.reference)
         released = run.commit(
@@ -436,6 +471,7 @@ class PrivateStrategy(Strategy, ABC):
         log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
         log.info("\t├──> Sampling: %s", request.sampling)
         log.info("\t├──> Clipping: %s", self._plan.clipping)
+        log.info("\t├──> Trust: %s", self._gathering.trust)
         if self._run is not None:
             log.info("\t├──> Noise multiplier: %.4f", self._run.noise_multiplier)
         if not self._plan.rng.protects:
@@ -449,6 +485,15 @@ class PrivateStrategy(Strategy, ABC):
 
     def _new_registry(self) -> Registry:
         return Registry(self._gathering.num_nodes, wait_seconds=self._wait_seconds)
+
+    def _open(self, server_round: int) -> Asked:
+        asked = self._asked
+        if asked is None or asked.server_round != server_round:
+            raise RuntimeError(
+                f"round {server_round} has no open cohort: each round is configured, then "
+                "aggregated, once"
+            )
+        return asked
 
     def _running(self) -> PrivateRun:
         if self._run is None:

@@ -5,17 +5,16 @@ texts of errors, names of extra records and shapes are the client's and may carr
 """
 
 import logging
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
 from dpfl_flower import records
 from dpfl_flower.layout import ArrayLayout
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -50,37 +49,12 @@ def accepted(
         yield reply
 
 
-def _arrays(reply: Message) -> dict[str, NDArray[np.generic]]:
-    found = reply.content.array_records
-    record = found[records.ARRAYS] if records.ARRAYS in found else _only(found)
-    return {name: read_array(array) for name, array in record.items()}
-
-
-def _only(found: Mapping[str, ArrayRecord]) -> ArrayRecord:
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} array records, expected 1")
-    return next(iter(found.values()))
-
-
-def _metrics(reply: Message) -> MetricRecord:
-    found = reply.content.metric_records
-    if records.METRICS in found:
-        return found[records.METRICS]
-    return next(iter(found.values())) if len(found) == 1 else MetricRecord()
-
-
-def num_examples(metrics: MetricRecord) -> float:
-    """Return the reported number of examples, NaN where there is none or it is no number."""
-    value = metrics.get(records.NUM_EXAMPLES)
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
 def parse_train(reply: Message, layout: ArrayLayout) -> TrainReply | None:
     """Return the reply's arrays, checked against ``layout``, or None where they do not fit it."""
     try:
-        arrays = _arrays(reply)
+        arrays = answered_arrays(reply.content)
         layout.check(arrays)
-        metrics = _metrics(reply)
+        metrics = answered_metrics(reply.content)
         return TrainReply(
             node_id=reply.metadata.src_node_id,
             arrays=arrays,

@@ -3,10 +3,10 @@
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -15,6 +15,13 @@ from dpfl_strategies.result import PrivateResult, Stopped
 log = logging.getLogger("flwr.dpfl")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+Proceed = Callable[[int, Iterable[Message]], Iterable[Message] | None]
+
+
+def one_exchange(server_round: int, replies: Iterable[Message]) -> None:
+    """Ask nothing further: the replies to the first messages are what the round is made of."""
 
 
 class AllClientsFailed(RuntimeError):
@@ -66,11 +73,15 @@ class LoopHooks:
         Returns why no further round may be asked for, None where one may.
     progress:
         Given the round, returns a few words on what has been spent so far.
+    proceed:
+        Given the round and the replies to its last messages, returns the messages to send next,
+        None where those replies are the ones to aggregate.
     """
 
     failures: FailureWatch
     stop_reason: Callable[[], Stopped | None]
     progress: Callable[[int], str]
+    proceed: Proceed = one_exchange
 
 
 def run_rounds(
@@ -89,8 +100,9 @@ def run_rounds(
 ) -> PrivateResult:
     """Run rounds ``first_round`` to ``num_rounds`` and fill ``result``.
 
-    Messages go out once a round; replies that come after ``timeout`` seconds are never looked at,
-    and nobody is asked in place of a node that did not answer.
+    A round is one exchange of messages, or as many as ``hooks.proceed`` asks for. Replies that come
+    ``timeout`` seconds after their messages are never looked at, and nobody is asked in place of a
+    node that did not answer.
     """
     result.arrays, result.rounds = arrays, first_round - 1
     started = time.monotonic()
@@ -108,6 +120,8 @@ def run_rounds(
             server_round, arrays, ConfigRecord(dict(train_config or {})), grid
         )
         replies = grid.send_and_receive(messages, timeout=timeout)
+        while (further := hooks.proceed(server_round, replies)) is not None:
+            replies = grid.send_and_receive(further, timeout=timeout)
         released, train_metrics = strategy.aggregate_train(server_round, replies)
         arrays = arrays if released is None else released
         result.arrays, result.rounds = arrays, server_round

@@ -13,7 +13,13 @@ from typing import Final, Self, cast
 from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
-from dpfl_flower.clipping import Norm
+from dpfl_flower.client.grid_fields import (
+    GRID_FIELDS,
+    grid_from_fields,
+    grid_to_fields,
+    integer,
+    number,
+)
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 
 __all__ = ["CohortRequest", "UserId"]
@@ -21,13 +27,6 @@ __all__ = ["CohortRequest", "UserId"]
 UserId = int | str
 """A user's name inside its node."""
 
-_DIMENSION: Final = "dimension"
-_NOISE_UNITS: Final = "noise-units"
-_CLIP_UNITS: Final = "clip-units"
-_SENSITIVITY_UNITS: Final = "sensitivity-units"
-_INDICATOR_UNITS: Final = "indicator-units"
-_NORM: Final = "norm"
-_ROUNDING: Final = "rounding"
 _CLIP_NORM: Final = "clip-norm"
 _DITHER_SEED: Final = "dither-seed"
 _SAMPLING_RATE: Final = "sampling-rate"
@@ -100,16 +99,9 @@ class CohortRequest:
 
     def to_config(self) -> ConfigRecord:
         """Return the request as it travels: numbers, text and bytes."""
-        grid = self.grid
         record = ConfigRecord(
             {
-                _DIMENSION: grid.dimension,
-                _NOISE_UNITS: grid.noise_units,
-                _CLIP_UNITS: float(grid.clip_units),
-                _SENSITIVITY_UNITS: grid.sensitivity_units,
-                _INDICATOR_UNITS: grid.indicator_units,
-                _NORM: str(grid.norm),
-                _ROUNDING: str(grid.rounding),
+                **grid_to_fields(self.grid),
                 _CLIP_NORM: float(self.clip_norm),
                 _SERVER_ROUND: self.server_round,
             }
@@ -140,39 +132,16 @@ class CohortRequest:
             raise ValueError(f"{_USERS}={users!r} must be a list")
         rate = record.get(_SAMPLING_RATE)
         return cls(
-            grid=IntegerGrid(
-                dimension=_int(record, _DIMENSION),
-                noise_units=_int(record, _NOISE_UNITS),
-                clip_units=_float(record, _CLIP_UNITS),
-                sensitivity_units=_int(record, _SENSITIVITY_UNITS),
-                indicator_units=_int(record, _INDICATOR_UNITS),
-                norm=Norm(_text(record, _NORM)),
-                rounding=Rounding(_text(record, _ROUNDING)),
-            ),
-            clip_norm=_float(record, _CLIP_NORM),
-            server_round=_int(record, _SERVER_ROUND),
+            grid=grid_from_fields(record),
+            clip_norm=number(record, _CLIP_NORM),
+            server_round=integer(record, _SERVER_ROUND),
             dither_seed=cast("bytes | None", record.get(_DITHER_SEED)),
-            sampling_rate=None if rate is None else _float(record, _SAMPLING_RATE),
+            sampling_rate=None if rate is None else number(record, _SAMPLING_RATE),
             users=None if users is None else tuple(users),
         )
 
 
-_FIELDS: Final = frozenset(
-    {
-        _DIMENSION,
-        _NOISE_UNITS,
-        _CLIP_UNITS,
-        _SENSITIVITY_UNITS,
-        _INDICATOR_UNITS,
-        _NORM,
-        _ROUNDING,
-        _CLIP_NORM,
-        _DITHER_SEED,
-        _SAMPLING_RATE,
-        _USERS,
-        _SERVER_ROUND,
-    }
-)
+_FIELDS: Final = GRID_FIELDS | {_CLIP_NORM, _DITHER_SEED, _SAMPLING_RATE, _USERS, _SERVER_ROUND}
 
 
 def _check_users(users: tuple[UserId, ...]) -> None:
@@ -182,24 +151,3 @@ def _check_users(users: tuple[UserId, ...]) -> None:
     # Someone named twice would contribute twice, which is twice the bound.
     if len(set(users)) != len(users):
         raise ValueError(f"users={users!r} must name nobody twice")
-
-
-def _int(record: Mapping[str, object], key: str) -> int:
-    value = record.get(key)
-    if type(value) is not int:
-        raise ValueError(f"{key}={value!r} must be an integer")
-    return value
-
-
-def _float(record: Mapping[str, object], key: str) -> float:
-    value = record.get(key)
-    if type(value) is not float and type(value) is not int:
-        raise ValueError(f"{key}={value!r} must be a number")
-    return float(value)
-
-
-def _text(record: Mapping[str, object], key: str) -> str:
-    value = record.get(key)
-    if type(value) is not str:
-        raise ValueError(f"{key}={value!r} must be text")
-    return value

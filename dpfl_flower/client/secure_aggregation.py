@@ -1,0 +1,210 @@
+"""The node's side of secure aggregation, as a mod around an app's train function.
+
+>>> from flwr.clientapp import ClientApp
+>>> app = ClientApp()
+>>> @app.train(mods=[secure_aggregation_mod])
+... def train(message: Message, context: Context) -> Message:
+...     return message  # trains, and answers as it would without
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable
+
+from dpfl_flower import records
+from dpfl_flower.client.contribution import contribution_for
+from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
+from dpfl_flower.secagg import node
+from dpfl_flower.secagg.errors import Refusal, Refused
+from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
+from dpfl_flower.secagg.messages import (
+    AcknowledgeRequest,
+    AdvertiseRequest,
+    MaskRequest,
+    Reply,
+    Request,
+    ShareRequest,
+)
+from dpfl_flower.secagg.node import NodeRules, NodeState, Party
+from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
+
+__all__ = ["rules_from_node_config", "secure_aggregation_mod"]
+
+_CODES: Final = {
+    Refusal.MALFORMED: NodeErrorCode.MALFORMED_REQUEST,
+    Refusal.TOO_FEW_NODES: NodeErrorCode.SECAGG_TOO_FEW_NODES,
+    Refusal.THRESHOLD_TOO_LOW: NodeErrorCode.SECAGG_THRESHOLD_TOO_LOW,
+    Refusal.PEER_KEY_CHANGED: NodeErrorCode.SECAGG_PEER_KEY_CHANGED,
+    Refusal.SURVIVOR_AND_DROPPED: NodeErrorCode.SECAGG_SURVIVOR_AND_DROPPED,
+    Refusal.ALREADY_UNMASKED: NodeErrorCode.SECAGG_ALREADY_UNMASKED,
+    Refusal.REPLAYED: NodeErrorCode.SECAGG_REPLAYED,
+    Refusal.OUT_OF_ORDER: NodeErrorCode.SECAGG_OUT_OF_ORDER,
+    Refusal.UNCONFIRMED: NodeErrorCode.SECAGG_UNCONFIRMED,
+    Refusal.JOURNAL: NodeErrorCode.SECAGG_JOURNAL,
+}
+
+
+def secure_aggregation_mod(
+    message: Message, context: Context, call_next: ClientAppCallable
+) -> Message:
+    """Answer all stages of secure aggregation; the app is called for the masked vector only.
+
+    Only that vector leaves: counts, weights and metrics of the app's answer stay on the node. A
+    train message that is no stage of the protocol is refused, so that no server gets the plain
+    answer by asking without. Messages of other kinds pass.
+
+    The node's own config decides what it insists on: ``secagg-min-cohort`` (3), the fewest nodes
+    that it is summed with; ``secagg-colluders`` (0); ``secagg-identity`` and ``secagg-roster``,
+    files with its Ed25519 private key and the public keys of its peers; ``secagg-journal``, a file
+    in which every stage is noted before it is answered. Without the last, what has been answered is
+    remembered in the state of the run, which a SuperNode keeps in memory and hands on only after
+    the reply: a crash or a replay in between is then not noticed.
+
+    Everything that goes wrong is logged on the node and answered with a `NodeErrorCode`.
+    """
+    if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+        return call_next(message, context)
+    try:
+        return _answer(message, context, call_next)
+    except Refused as refused:
+        return answer(NodeError(_CODES[refused.reason], str(refused)), reply_to=message)
+    except Exception as error:
+        return answer(error, reply_to=message)
+
+
+def rules_from_node_config(node_config: Mapping[str, object]) -> NodeRules:
+    """Read what a node insists on from its config; files are read anew for each message.
+
+    Raises
+    ------
+    ValueError, OSError
+        If a key has a value of another kind, or a file is missing or damaged.
+    """
+    identity = _text(node_config, records.SECAGG_IDENTITY)
+    roster = _text(node_config, records.SECAGG_ROSTER)
+    return NodeRules(
+        min_cohort=_count(node_config, records.SECAGG_MIN_COHORT, NodeRules.min_cohort),
+        colluders=_count(node_config, records.SECAGG_COLLUDERS, NodeRules.colluders),
+        identity=None if identity is None else Identity.load(Path(identity)),
+        roster=None if roster is None else Roster.load(Path(roster)),
+    )
+
+
+def _answer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    if records.SECAGG not in message.content.config_records:
+        raise NodeError(NodeErrorCode.SECAGG_REQUIRED, "a train message without the protocol")
+    rules = rules_from_node_config(context.node_config)
+    try:
+        request = decode_request(message.content)
+    except ValueError as error:
+        raise Refused(Refusal.MALFORMED, str(error)) from error
+    journal = _journal(context)
+    journal.enter(request.server_round, request.stage)
+    _remember(context, journal.progress)
+    # From here on the stage counts as answered, and whatever fails ends the round for this node.
+    state = _take_state(context)
+    reply, state = _stage(request, state, rules, message, context, call_next)
+    if state is not None:
+        context.state[records.SECAGG_STATE] = to_config(state)
+    return Message(encode(reply), reply_to=message)
+
+
+def _stage(
+    request: Request,
+    state: NodeState | None,
+    rules: NodeRules,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+) -> tuple[Reply, NodeState | None]:
+    reply: Reply
+    if isinstance(request, AdvertiseRequest):
+        party = Party(run_id=context.run_id, node_id=context.node_id)
+        state, reply = node.advertise(request, party, rules, now=time.time())
+        return reply, state
+    if state is None or state.server_round != request.server_round or time.time() > state.expires:
+        raise Refused(Refusal.OUT_OF_ORDER, "this node is not, or no longer, part of the round")
+    if isinstance(request, ShareRequest):
+        state, reply = node.share_keys(state, request, rules)
+    elif isinstance(request, MaskRequest):
+        state = node.accept_shares(state, request, rules)
+        state, reply = _mask(state, message, context, call_next)
+    elif isinstance(request, AcknowledgeRequest):
+        state, reply = node.acknowledge(state, request, rules)
+    else:
+        return node.unmask(state, request, rules), None
+    return reply, state
+
+
+def _mask(
+    state: NodeState, message: Message, context: Context, call_next: ClientAppCallable
+) -> tuple[NodeState, Reply]:
+    contribution = contribution_for(
+        message.content, context.node_config, width=state.width, bits=state.bits
+    )
+    # The records may be those of other nodes' messages too: they are replaced, never changed.
+    message.content = contribution.task
+    answered = call_next(message, context)
+    if answered.has_error():
+        known = {int(code) for code in NodeErrorCode}
+        code = answered.error.code
+        raise NodeError(
+            NodeErrorCode(code) if code in known else NodeErrorCode.CLIENT_FAILED,
+            f"the app answered error code {code}",
+        )
+    vector = contribution.vector(answered.content)
+    if vector.shape != (state.width,):
+        raise NodeError(
+            NodeErrorCode.MALFORMED_REPLY,
+            f"the app's vector has shape {vector.shape}, must be {(state.width,)}",
+        )
+    return node.mask(state, vector)
+
+
+def _journal(context: Context) -> Journal:
+    remembered = _recall(context)
+    path = _text(context.node_config, records.SECAGG_JOURNAL)
+    if path is None:
+        return MemoryJournal(remembered)
+    return FileJournal(Path(path), context.run_id, remembered=remembered)
+
+
+def _recall(context: Context) -> Progress:
+    record = context.state.config_records.get(records.SECAGG_PROGRESS)
+    if record is None:
+        return Progress()
+    return Progress(int(str(record["round"])), int(str(record["stage"])))
+
+
+def _remember(context: Context, progress: Progress) -> None:
+    context.state[records.SECAGG_PROGRESS] = ConfigRecord(
+        {"round": progress.server_round, "stage": progress.stage}
+    )
+
+
+def _take_state(context: Context) -> NodeState | None:
+    """Return the state of the round and delete it."""
+    record = context.state.config_records.get(records.SECAGG_STATE)
+    if record is None:
+        return None
+    del context.state[records.SECAGG_STATE]
+    return from_config(NodeState, dict(record))
+
+
+def _text(node_config: Mapping[str, object], key: str) -> str | None:
+    value = node_config.get(key)
+    if value is not None and not (isinstance(value, str) and value):
+        raise ValueError(f"node config {key}={value!r} must be a path")
+    return value
+
+
+def _count(node_config: Mapping[str, object], key: str, default: int) -> int:
+    value = node_config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"node config {key}={value!r} must be an integer")
+    return value

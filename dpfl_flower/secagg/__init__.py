@@ -1,0 +1,29 @@
+"""Secure aggregation: a server learns the sum of its nodes' integer vectors, and no single one.
+
+The protocol is pure: `dpfl_flower.secagg.node` and `dpfl_flower.secagg.server` are functions from
+states and messages to states and messages. `dpfl_flower.client.secure_aggregation_mod` puts it
+into a ClientApp, the argument ``secure_aggregation=SecAggPlus()`` into a strategy.
+"""
+
+from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
+from dpfl_flower.secagg.errors import Refusal, Refused, RoundAbandoned
+from dpfl_flower.secagg.modulus import bits_without_wrap
+from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.secagg_plus import SecAggPlus
+from dpfl_flower.secagg.server import SecureSum
+from dpfl_flower.secagg.session import Session
+
+__all__ = [
+    "Identity",
+    "Refusal",
+    "Refused",
+    "Roster",
+    "RoundAbandoned",
+    "SecAggPlus",
+    "SecureAggregation",
+    "SecureExchange",
+    "SecureSum",
+    "Session",
+    "SumRequest",
+    "bits_without_wrap",
+]

@@ -1,0 +1,77 @@
+"""Key agreement: X25519 (RFC 7748), then HKDF-SHA256 (RFC 5869) bound to purpose and parties.
+
+>>> from dpfl_flower.rng import secure
+>>> ours, theirs = (KeyPair.generate(secure()) for _ in range(2))
+>>> ours.agree(theirs.public, b"label") == theirs.agree(ours.public, b"label")
+True
+"""
+
+from dataclasses import dataclass, field
+from typing import Self, final
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from dpfl_flower.rng import RandomSource
+
+__all__ = ["PUBLIC_KEY_BYTES", "KeyPair", "commitment", "is_usable"]
+
+PUBLIC_KEY_BYTES = 32
+_ANY_PRIVATE_KEY = bytes(31) + b"\1"  # which keys agree on zero does not depend on it
+
+
+@final
+@dataclass(frozen=True)
+class KeyPair:
+    """An X25519 key pair for one round.
+
+    Parameters
+    ----------
+    private : bytes
+        32 uniform bytes.
+    """
+
+    private: bytes = field(repr=False)
+    public: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        public = X25519PrivateKey.from_private_bytes(self.private).public_key()
+        object.__setattr__(self, "public", public.public_bytes_raw())
+
+    @classmethod
+    def generate(cls, rng: RandomSource) -> Self:
+        """Return a fresh pair."""
+        return cls(rng.random_bytes(32))
+
+    def agree(self, public: bytes, label: bytes) -> bytes:
+        """Return the 256-bit key that both ends derive under ``label``.
+
+        Raises
+        ------
+        ValueError
+            If ``public`` is no key, or one of the few that every private key agrees with on zero.
+        """
+        secret = X25519PrivateKey.from_private_bytes(self.private).exchange(
+            X25519PublicKey.from_public_bytes(public)
+        )
+        low, high = sorted((self.public, public))
+        return HKDF(SHA256(), length=32, salt=None, info=label + low + high).derive(secret)
+
+
+def is_usable(public: bytes) -> bool:
+    """Whether another node can agree on a key with ``public``."""
+    try:
+        X25519PrivateKey.from_private_bytes(_ANY_PRIVATE_KEY).exchange(
+            X25519PublicKey.from_public_bytes(public)
+        )
+    except ValueError:
+        return False
+    return True
+
+
+def commitment(seed: bytes, label: bytes) -> bytes:
+    """Return a hash of a 256-bit seed, by which a put-together one is known to be the right one."""
+    digest = Hash(SHA256())
+    digest.update(label + seed)
+    return digest.finalize()

@@ -1,0 +1,54 @@
+"""What binds every key, share and signature to one round of one run.
+
+>>> session = Session(run_id=7, server_round=3)
+>>> session.label("mask", 1, 2) == session.label("mask", 2, 1)
+False
+"""
+
+from dataclasses import dataclass
+
+from dpfl_flower import checks
+
+__all__ = ["Session", "node_bytes"]
+
+_PROTOCOL = b"dpfl-flower secagg 1\0"
+_MAX_ID = 2**64 - 1
+
+
+def node_bytes(node_id: int) -> bytes:
+    """Return a node's id in 8 bytes."""
+    return node_id.to_bytes(8, "big")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One round of one run.
+
+    Parameters
+    ----------
+    run_id : int
+        The id that Flower gave the run, the same at the server and at every node.
+    server_round : int
+        From 1 on.
+    """
+
+    run_id: int
+    server_round: int
+
+    def __post_init__(self) -> None:
+        checks.non_negative_int(run_id=self.run_id)
+        checks.positive_int(server_round=self.server_round)
+        if self.run_id > _MAX_ID or self.server_round > _MAX_ID:
+            raise ValueError(f"{self!r} must hold integers of 64 bits")
+
+    def label(self, purpose: str, *parties: int) -> bytes:
+        """Return bytes that no other purpose, round, run or parties have."""
+        return b"".join(
+            (
+                _PROTOCOL,
+                purpose.encode().ljust(16, b"\0"),
+                node_bytes(self.run_id),
+                node_bytes(self.server_round),
+                *map(node_bytes, parties),
+            )
+        )

@@ -1,0 +1,165 @@
+"""Between the protocol's messages and Flower's records.
+
+A message becomes one ConfigRecord: numbers, text and bytes as they are, a tuple of dataclasses as
+one list for each of its fields. A masked vector travels in an ArrayRecord beside it. Whatever is
+read is checked field by field; nothing in it is executed.
+
+>>> from dpfl_flower.secagg.messages import AcknowledgeRequest
+>>> request = AcknowledgeRequest(server_round=2, survivors=(5, 7))
+>>> decode_request(encode(request)) == request
+True
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from dpfl_flower import records
+from dpfl_flower.secagg import messages
+from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage
+from dpfl_flower.wire import read_array
+
+__all__ = ["decode_reply", "decode_request", "encode", "from_config", "to_config"]
+
+M = TypeVar("M")
+
+_STAGE: Final = "stage"
+_REQUESTS: Final[Mapping[int, type[Request]]] = {
+    kind.stage: kind for kind in typing.get_args(messages.Request)
+}
+_REPLIES: Final[Mapping[int, type[Reply]]] = {
+    kind.stage: kind for kind in typing.get_args(messages.Reply)
+}
+_MAX_INT: Final = 2**64 - 1
+
+
+def encode(message: Request | Reply) -> RecordDict:
+    """Return the records that carry ``message``."""
+    if isinstance(message, Masked):
+        content = RecordDict({records.SECAGG: ConfigRecord({_STAGE: int(message.stage)})})
+        content[records.MASKED] = ArrayRecord({records.SUM: Array(message.vector)})
+        return content
+    config = to_config(message)
+    config[_STAGE] = int(message.stage)
+    return RecordDict({records.SECAGG: config})
+
+
+def decode_request(content: RecordDict) -> Request:
+    """Return the request in ``content``.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing, unknown, of another type or out of range.
+    """
+    return _decode(content, _REQUESTS)
+
+
+def decode_reply(content: RecordDict) -> Reply:
+    """Return the reply in ``content``; errors as for `decode_request`."""
+    record = content.config_records.get(records.SECAGG)
+    if record is not None and dict(record) == {_STAGE: int(Stage.MASK)}:
+        try:
+            vector = read_array(content.array_records[records.MASKED][records.SUM])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("the masked vector is missing or no array") from error
+        if vector.dtype != np.uint8 or vector.ndim != 1:
+            raise ValueError(f"vector={vector.dtype}{list(vector.shape)} must be flat uint8")
+        return Masked(vector=vector.view(np.uint8))
+    return _decode(content, _REPLIES)
+
+
+def _decode(content: RecordDict, kinds: Mapping[int, type[M]]) -> M:
+    record = content.config_records.get(records.SECAGG)
+    if record is None:
+        raise ValueError(f"a ConfigRecord {records.SECAGG!r} must be there")
+    fields = dict(record)
+    stage = fields.pop(_STAGE, None)
+    if type(stage) is not int or stage not in kinds:
+        raise ValueError(f"stage={stage!r} must be one of {sorted(kinds)}")
+    return from_config(kinds[stage], fields)
+
+
+def to_config(message: Any) -> ConfigRecord:
+    """Return a flat dataclass as a record; see `from_config`."""
+    flat: dict[str, Any] = {}
+    for name, (kind, items) in _fields(type(message)).items():
+        value = getattr(message, name)
+        if not items:
+            flat[name] = value
+        elif dataclasses.is_dataclass(kind):
+            for inner in _fields(typing.cast("type[Any]", kind)):
+                flat[f"{name}.{inner}"] = [getattr(item, inner) for item in value]
+        else:
+            flat[name] = list(value)
+    return ConfigRecord(flat)
+
+
+def from_config(kind: type[M], record: Mapping[str, Any]) -> M:
+    """Read a dataclass of integers, numbers, bytes, and tuples of them or of such dataclasses.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing, unknown, of another type or out of range.
+    """
+    rest = dict(record)
+    values: dict[str, Any] = {}
+    for name, (inner_kind, items) in _fields(kind).items():
+        if not items:
+            values[name] = _value(name, rest.pop(name, None), inner_kind)
+        elif dataclasses.is_dataclass(inner_kind):
+            columns = {
+                inner: _list(f"{name}.{inner}", rest, field_kind)
+                for inner, (field_kind, _) in _fields(typing.cast("type[Any]", inner_kind)).items()
+            }
+            if len({len(column) for column in columns.values()}) != 1:
+                raise ValueError(f"{name}: its lists must be of one length")
+            values[name] = tuple(
+                inner_kind(**dict(zip(columns, row, strict=True)))
+                for row in zip(*columns.values(), strict=True)
+            )
+        else:
+            values[name] = _list(name, rest, inner_kind)
+    if rest:
+        raise ValueError(f"unknown fields {sorted(rest)}")
+    return kind(**values)
+
+
+def _list(name: str, rest: dict[str, Any], kind: type[Any]) -> tuple[Any, ...]:
+    found = rest.pop(name, None)
+    if not isinstance(found, list):
+        raise ValueError(f"{name}={type(found).__name__} must be a list")
+    return tuple(_value(name, item, kind) for item in found)
+
+
+def _value(name: str, value: object, kind: type[Any]) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{name}={type(value).__name__} must be {kind.__name__}")
+    if isinstance(value, int) and not 0 <= value <= _MAX_INT:
+        raise ValueError(f"{name}={value!r} must be in [0, 2**64)")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return value
+
+
+_known_fields: Final[dict[type[Any], Mapping[str, tuple[type[Any], bool]]]] = {}
+
+
+def _fields(kind: type[Any]) -> Mapping[str, tuple[type[Any], bool]]:
+    """Return the type of each field, or of its items, and whether it is a tuple of them."""
+    if kind in _known_fields:
+        return _known_fields[kind]
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for entry in dataclasses.fields(kind):
+        hint = hints[entry.name]
+        items = typing.get_origin(hint) is tuple
+        found[entry.name] = (typing.get_args(hint)[0] if items else hint, items)
+    _known_fields[kind] = found
+    return found

@@ -1,0 +1,242 @@
+"""The sum of a round by secure aggregation: the server learns it and no single vector.
+
+Whom to ask, and what of, is what it would be without; only the vectors are bounded by the nodes
+themselves, masked, and summed under their masks.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from dpfl_flower import records
+from dpfl_flower.accounting import PrivacyUnit, Relation, TrustModel
+from dpfl_flower.client.contribution import SumBound
+from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
+from dpfl_flower.secagg import (
+    RoundAbandoned,
+    SecureAggregation,
+    SecureExchange,
+    SecureSum,
+    Session,
+    SumRequest,
+    bits_without_wrap,
+)
+from dpfl_strategies.gathering import Asked, Gathered, Gathering
+from dpfl_strategies.messages import Arrays
+from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.private_run import PrivateRun
+from dpfl_strategies.replies import accepted
+from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, Weighting
+
+__all__ = ["SecureGathering"]
+
+log = logging.getLogger("flwr.dpfl")
+
+_STAGES: Final = 5
+_LONGEST_SECONDS: Final = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Where the round stands: an exchange that waits for replies, its sum, or None: abandoned."""
+
+    task: RecordDict
+    now: SecureExchange | SecureSum | None
+
+
+@final
+class SecureGathering(Gathering):
+    """Asks as another gathering does, and sums by secure aggregation.
+
+    Parameters
+    ----------
+    inner : Gathering
+        Whom to ask.
+    secure : SecureAggregation
+        The protocol.
+    request : PrivacyRequest
+        Unit, relation and sampling.
+    weighting : Weighting or None
+        How nodes are to weigh; None where only the strategy's own code knows.
+
+    Raises
+    ------
+    ValueError
+        Where nodes could not be told how to weigh, where the relation would not cover that a round
+        may be abandoned, and where a sum might wrap around.
+    """
+
+    def __init__(
+        self,
+        inner: Gathering,
+        secure: SecureAggregation,
+        *,
+        request: PrivacyRequest,
+        weighting: Weighting | None,
+    ) -> None:
+        self._inner = inner
+        self._secure = secure
+        self._w_max = _w_max(weighting)
+        self._nodes_are_units = request.unit is PrivacyUnit.NODE
+        if self._nodes_are_units and request.relation is Relation.ADD_OR_REMOVE_ONE:
+            raise ValueError(
+                f"relation={str(request.relation)!r} must be 'zero-out' or 'replace-one' with "
+                "secure_aggregation and unit='node': a round with too few nodes is abandoned, "
+                "which shows whether a node is there; zero-out costs the same epsilon and covers "
+                "what the node holds"
+            )
+        drawn = request.sampling.max_cohort if self._nodes_are_units else None
+        self._max_cohort = secure.max_cohort or drawn or inner.num_nodes
+        self._never_more = drawn is not None and drawn <= self._max_cohort
+        self._units = 1 if self._nodes_are_units else request.sampling.population
+        secure.check_population(inner.num_nodes)
+        self._bound(LARGEST_SENSITIVITY_UNITS)
+        self._round: _Round | None = None
+
+    @property
+    def name(self) -> str:
+        """The inner gathering's, and the protocol's."""
+        return f"{self._inner.name} by {type(self._secure).__name__}"
+
+    @property
+    def trust(self) -> TrustModel:
+        """Secure: the server learns the exact sum."""
+        return TrustModel.SECURE
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there must be."""
+        return self._inner.num_nodes
+
+    def prepare(self, run: PrivateRun) -> None:
+        """Check that sums fit, and forget a round that was never finished."""
+        self._bound(run.largest_entry)
+        self._round = None
+
+    def ask(
+        self, run: PrivateRun, server_round: int, registry: Sequence[int], reference: Arrays
+    ) -> Asked:
+        """Draw the cohort; ValueError before anyone is asked if there could be too many."""
+        if len(registry) > self._max_cohort and not self._never_more:
+            raise ValueError(
+                f"max_cohort={self._max_cohort} must be >= {len(registry)}, the nodes that are "
+                "registered: give SecAggPlus a larger one, so that the modulus leaves room for all"
+            )
+        asked = self._inner.ask(run, server_round, registry, reference)
+        bound = self._bound(run.largest_entry)
+        extra = RecordDict(dict(asked.records))
+        if self._nodes_are_units:
+            request = run.update_request(bound, dither_seed=asked.dither_seed, w_max=self._w_max)
+            extra[records.UPDATE] = request.to_config()
+        else:
+            extra[records.UPDATE] = bound.to_config()
+        self._width = run.width
+        self._bits = bits_without_wrap(bound.largest, bound.parties)
+        return Asked(server_round, asked.nodes, reference, asked.dither_seed, extra)
+
+    def messages(
+        self, asked: Asked, *, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Begin the exchange; the model goes along later, to the nodes that compute."""
+        config[records.SERVER_ROUND] = asked.server_round
+        task = RecordDict({records.ARRAYS: arrays, records.CONFIG: config})
+        for name, record in asked.records.items():
+            task[name] = record
+        request = SumRequest(
+            session=Session(grid.run.run_id, asked.server_round),
+            nodes=tuple(asked.nodes),
+            width=self._width,
+            bits=self._bits,
+            seconds=min(_LONGEST_SECONDS, _STAGES * self.stage_seconds),
+        )
+        try:
+            self._round = _Round(task, self._secure.begin(request))
+        except RoundAbandoned as abandoned:
+            self._round = _abandoned(asked, task, abandoned)
+        return _requests(asked, self._round) or []
+
+    def proceed(self, asked: Asked, replies: Iterable[Message]) -> list[Message] | None:
+        """Return the next stage's messages; None once the sum is there, or given up."""
+        current = self._round
+        if current is None or not isinstance(current.now, SecureExchange):
+            return None
+        exchange = current.now
+        answers = {
+            message.metadata.src_node_id: message.content
+            for message in accepted(
+                replies, asked=exchange.requests.keys(), group=_group(asked, exchange)
+            )
+        }
+        try:
+            self._round = _Round(current.task, exchange.receive(answers))
+        except RoundAbandoned as abandoned:
+            self._round = _abandoned(asked, current.task, abandoned)
+        return _requests(asked, self._round)
+
+    def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered | None:
+        """Return the sum, None for an abandoned round.
+
+        Raises
+        ------
+        RuntimeError
+            If the exchange has not come to its end.
+        """
+        current, self._round = self._round, None
+        if current is None or isinstance(current.now, SecureExchange):
+            raise RuntimeError(
+                f"round {asked.server_round} waits for further messages: send what continue_train "
+                "returns until it returns None, then aggregate"
+            )
+        if current.now is None:
+            return None
+        return Gathered(current.now.total, len(current.now.survivors), [])
+
+    def _bound(self, largest_entry: int) -> SumBound:
+        """Return the bound on each node's vector; ValueError where the sum could wrap around."""
+        bound = SumBound(largest=largest_entry * self._units, parties=self._max_cohort)
+        try:
+            bits_without_wrap(bound.largest, bound.parties)
+        except ValueError as error:
+            raise ValueError(
+                f"max_cohort={self._max_cohort} is too large for the vectors of this run: {error}"
+            ) from error
+        return bound
+
+
+def _w_max(weighting: Weighting | None) -> float:
+    """Return what tells a node how to weigh: ``w_max``, 0 for uniform weights."""
+    if type(weighting) is UniformWeighting:
+        return 0.0
+    if type(weighting) is NumExamplesWeighting:
+        return weighting.w_max
+    raise ValueError(
+        f"weighting={weighting!r} must be UniformWeighting or NumExamplesWeighting with "
+        "secure_aggregation, and weigh() that of DPFedAvg: nodes weigh themselves, by public "
+        "constants"
+    )
+
+
+def _group(asked: Asked, exchange: SecureExchange) -> str:
+    return f"{asked.server_round}/{exchange.stage}"
+
+
+def _requests(asked: Asked, current: _Round) -> list[Message] | None:
+    exchange = current.now
+    if not isinstance(exchange, SecureExchange):
+        return None
+    messages = []
+    for node, protocol in exchange.requests.items():
+        content = RecordDict(dict(current.task) if exchange.carries_task else {})
+        for name, record in protocol.items():
+            content[name] = record
+        messages.append(Message(content, node, MessageType.TRAIN, group_id=_group(asked, exchange)))
+    return messages
+
+
+def _abandoned(asked: Asked, task: RecordDict, reason: RoundAbandoned) -> _Round:
+    log.warning("NOT PRIVATE: round %d is abandoned: %s", asked.server_round, reason)
+    return _Round(task, None)
