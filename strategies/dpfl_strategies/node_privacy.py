@@ -5,14 +5,24 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
-from dpfl_flower.accounting import Event, PrivacyUnit, Relation, epsilon, event_from_json
+from dpfl_flower.accounting import (
+    Composed,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
+    Event,
+    PrivacyUnit,
+    Relation,
+    epsilon,
+    event_from_json,
+)
 from dpfl_flower.accounting.accountant import require_supported
+from dpfl_flower.accounting.events import count_events
 from dpfl_flower.accounting.statement import rounded_up
 
 log = logging.getLogger("flwr.dpfl")
@@ -99,6 +109,32 @@ class NodeClaim:
         return max(self.claimed, _priced(self.events, self.delta, self.relation))
 
 
+def _together(of_nodes: Iterable[tuple[Event, ...]]) -> tuple[Event, ...]:
+    """Return what someone who is in every node has taken part in.
+
+    Releases that nodes make on their own compose. A sum with distributed noise is one release that
+    all of its nodes write down: whoever is in h of them moves it h times as far, which costs more
+    than h releases would, so that events which are equal in h ledgers are taken to be that.
+    """
+    own: list[Event] = []
+    shared: dict[Event, list[int]] = {}
+    for events in of_nodes:
+        for event, count in count_events(events).items():
+            if isinstance(event, DistributedDiscreteGaussian | DistributedSkellam):
+                shared.setdefault(event, []).append(count)
+            else:
+                own.append(Composed(event, count))
+    for event, counts in shared.items():
+        assert isinstance(event, DistributedDiscreteGaussian | DistributedSkellam)
+        moved = dataclasses.replace(
+            event,
+            l2_sensitivity=len(counts) * event.l2_sensitivity,
+            l1_sensitivity=len(counts) * event.l1_sensitivity,
+        )
+        own.append(Composed(moved, max(counts)))
+    return tuple(own)
+
+
 @functools.lru_cache(maxsize=256)
 def _priced(events: tuple[Event, ...], delta: float, relation: Relation) -> float:
     try:
@@ -139,7 +175,7 @@ class NodePrivacyReport:
         if worst is None:
             return 0.0
         claims = self.claims.values()
-        events = tuple(event for claim in claims for event in claim.events)
+        events = _together(claim.events for claim in claims)
         # What a node claims beyond its events composes in the plainest way: it is added.
         unexplained = sum(
             claim.epsilon - _priced(claim.events, claim.delta, claim.relation)
