@@ -10,6 +10,7 @@ from dpfl_flower.client.errors import (
     guard_mod,
     guarded,
 )
+from dpfl_flower.client.local_noise import LocalLaw, LocalNoise, local_noise_mod
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
@@ -23,6 +24,8 @@ __all__ = [
     "DPSGDClient",
     "DPSGDConfig",
     "GradSampleMode",
+    "LocalLaw",
+    "LocalNoise",
     "ModelRefused",
     "NodeError",
     "NodeErrorCode",
@@ -33,6 +36,7 @@ __all__ = [
     "SharePolicy",
     "guard_mod",
     "guarded",
+    "local_noise_mod",
     "noise_share_mod",
     "numpy_client_app",
     "secure_aggregation_mod",
