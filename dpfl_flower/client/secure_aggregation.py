@@ -29,7 +29,7 @@ from dpfl_flower.secagg.messages import (
     Request,
     ShareRequest,
 )
-from dpfl_flower.secagg.node import NodeRules, NodeState, Party
+from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
 

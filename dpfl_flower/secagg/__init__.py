@@ -9,8 +9,8 @@ from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, Su
 from dpfl_flower.secagg.errors import Refusal, Refused, RoundAbandoned
 from dpfl_flower.secagg.modulus import bits_without_wrap
 from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.secagg_plus import SecAggPlus
-from dpfl_flower.secagg.server import SecureSum
 from dpfl_flower.secagg.session import Session
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Union
 from flwr.app import RecordDict
 
 from dpfl_flower import checks
-from dpfl_flower.secagg.server import SecureSum
+from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.session import Session
 
 __all__ = ["SecureAggregation", "SecureExchange", "SumRequest"]
@@ -36,6 +36,8 @@ class SumRequest:
         The sum is known mod 2^bits.
     seconds : float
         How long the round may take in all; after that nodes forget it.
+    largest : int or None
+        The most that an entry of an honest vector can be, where that is known.
     """
 
     session: Session
@@ -43,6 +45,7 @@ class SumRequest:
     width: int
     bits: int
     seconds: float
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         checks.positive_int(width=self.width, bits=self.bits)

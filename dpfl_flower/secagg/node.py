@@ -11,14 +11,11 @@ is in `NodeRules` and in the errors named here; what that is worth is in docs/th
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfl_flower import checks
 from dpfl_flower.rng import RandomSource, secure
 from dpfl_flower.secagg import shamir
 from dpfl_flower.secagg.errors import Refusal, Refused
@@ -36,14 +33,24 @@ from dpfl_flower.secagg.messages import (
     Share,
     SharedKeys,
     ShareRequest,
-    SignedSurvivors,
     Unmasked,
     UnmaskRequest,
 )
 from dpfl_flower.secagg.modulus import Modulus
-from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.node_checks import (
+    check_cohort,
+    check_confirmed,
+    check_keys,
+    check_named,
+    check_survivors,
+    joined_ids,
+    keys_statement,
+    roster_members,
+    survivors_statement,
+    those,
+)
+from dpfl_flower.secagg.node_state import HeldShares, NodeRules, NodeState, Party
 from dpfl_flower.secagg.sealing import seal, unseal
-from dpfl_flower.secagg.session import Session, node_bytes
 
 __all__ = [
     "NodeRules",
@@ -58,98 +65,6 @@ __all__ = [
 ]
 
 _LONGEST_SECONDS: Final = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeRules:
-    """What a node insists on, whatever the server asks for.
-
-    Parameters
-    ----------
-    min_cohort : int
-        The fewest nodes, itself included, that its vector may be summed with: counted among itself
-        and its neighbours, and with a roster among members only. At least 2.
-    colluders : int
-        How many of its neighbours may work with the server: ``2 t > k + colluders`` must hold.
-        Neighbours that are not on the roster count on top.
-    identity, roster
-        Given together: the node signs its keys, counts only peers on the roster towards
-        ``min_cohort``, and unmasks only once enough of them confirm that it counts as a survivor.
-    """
-
-    min_cohort: int = 3
-    colluders: int = 0
-    identity: Identity | None = None
-    roster: Roster | None = None
-
-    def __post_init__(self) -> None:
-        checks.positive_int(min_cohort=self.min_cohort)
-        checks.non_negative_int(colluders=self.colluders)
-        if self.min_cohort < 2:
-            raise ValueError(f"min_cohort={self.min_cohort!r} must be >= 2: a sum of one is no sum")
-        if (self.identity is None) != (self.roster is None):
-            raise ValueError("identity and roster must be given together or not at all")
-        if self.identity and self.roster and self.identity.public not in self.roster.members:
-            raise ValueError("roster must name this node's own identity")
-
-
-@dataclass(frozen=True)
-class Party:
-    """Which node this is, in which run."""
-
-    run_id: int
-    node_id: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldShares:
-    """What a peer entrusted to this node."""
-
-    node_id: int
-    seed_share: bytes = field(repr=False)
-    key_share: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeState:
-    """What a node keeps between two stages, and deletes with the round.
-
-    Attributes
-    ----------
-    run_id, node_id, server_round, width, bits, threshold : int
-    expires : float
-        Seconds since the epoch after which the round is over for this node.
-    mask_private, seal_private, seed : bytes
-        Its secrets; empty once they are of no more use.
-    peers : tuple of PeerKeys
-        Its neighbours; ``sharers`` are those whose masks are in the masked vector.
-    members : tuple of int
-        The neighbours on the roster; all neighbours where there is none.
-    held : tuple of HeldShares
-    survivors : tuple of int
-        The peers it signed as survivors.
-    """
-
-    run_id: int
-    node_id: int
-    server_round: int
-    width: int
-    bits: int
-    expires: float
-    mask_private: bytes = field(repr=False)
-    seal_private: bytes = field(repr=False)
-    seed: bytes = field(default=b"", repr=False)
-    threshold: int = 0
-    peers: tuple[PeerKeys, ...] = ()
-    members: tuple[int, ...] = ()
-    sharers: tuple[int, ...] = ()
-    held: tuple[HeldShares, ...] = ()
-    survivors: tuple[int, ...] = ()
-
-    @property
-    def session(self) -> Session:
-        """The round of the run."""
-        return Session(self.run_id, self.server_round)
 
 
 def advertise(
@@ -194,7 +109,7 @@ def advertise(
     if rules.identity is not None:
         identity = rules.identity.public
         signature = rules.identity.sign(
-            _keys_statement(state.session, party.node_id, masking.public, sealing.public)
+            keys_statement(state.session, party.node_id, masking.public, sealing.public)
         )
     reply = Advertised(
         mask_key=masking.public, seal_key=sealing.public, identity=identity, signature=signature
@@ -215,9 +130,9 @@ def share_keys(
     rng = rng or secure()
     peers = tuple(sorted(request.peers, key=lambda peer: peer.node_id))
     masking, sealing = KeyPair(state.mask_private), KeyPair(state.seal_private)
-    _check_keys(state, peers, own=(masking.public, sealing.public))
-    members = _members(state, peers, rules)
-    _check_cohort(rules, members)
+    check_keys(state, peers, own=(masking.public, sealing.public))
+    members = roster_members(state, peers, rules)
+    check_cohort(rules, members)
     threshold, count = request.threshold, len(peers)
     strangers = count - len(members)
     if threshold > count:
@@ -258,7 +173,7 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
     sealing = KeyPair(state.seal_private)
     held = []
     senders = tuple(sorted(item.node_id for item in request.sealed))
-    _check_named(senders, peers)
+    check_named(senders, peers)
     for item in request.sealed:
         label = state.session.label("seal", item.node_id, state.node_id)
         key = _agree(sealing, peers[item.node_id].seal_key, label)
@@ -276,7 +191,7 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
             Refusal.TOO_FEW_NODES,
             f"{len(senders)} peers shared, threshold={state.threshold} must be there",
         )
-    _check_cohort(rules, _those(senders, state.members))
+    check_cohort(rules, those(senders, state.members))
     return dataclasses.replace(state, sharers=senders, held=tuple(held), seal_private=b"")
 
 
@@ -302,7 +217,7 @@ def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked
     masking = KeyPair(state.mask_private)
     keys = {peer.node_id: peer.mask_key for peer in state.peers}
     for peer in state.sharers:
-        key = pair_key(masking, keys[peer], state.session, state.node_id, peer)
+        key = _agree(masking, keys[peer], state.session.pair_label(state.node_id, peer))
         apply_mask(words, key, modulus, subtract=state.node_id < peer)
     kept = dataclasses.replace(state, seed=b"", mask_private=b"", peers=_without_keys(state))
     return kept, Masked(vector=modulus.pack(words))
@@ -319,10 +234,10 @@ def acknowledge(
         MALFORMED, TOO_FEW_NODES, UNCONFIRMED where this node has no identity to sign with.
     """
     survivors = tuple(sorted(request.survivors))
-    _check_survivors(state, survivors, rules)
+    check_survivors(state, survivors, rules)
     if rules.identity is None:
         raise Refused(Refusal.UNCONFIRMED, "this node has no identity to sign with")
-    statement = _survivors_statement(state.session, state.node_id, _ids(survivors))
+    statement = survivors_statement(state.session, state.node_id, joined_ids(survivors))
     signed = dataclasses.replace(state, survivors=survivors)
     return signed, Acknowledged(signature=rules.identity.sign(statement))
 
@@ -340,8 +255,8 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
     survivors, dropped = tuple(sorted(request.survivors)), tuple(sorted(request.dropped))
     if both := sorted({*survivors} & {*dropped}):
         raise Refused(Refusal.SURVIVOR_AND_DROPPED, f"peers {both} are named as both")
-    _check_named(dropped, state.sharers)
-    _check_survivors(state, survivors, rules)
+    check_named(dropped, state.sharers)
+    check_survivors(state, survivors, rules)
     if {*survivors} | {*dropped} != {*state.sharers}:
         raise Refused(Refusal.MALFORMED, "each peer that shared must be a survivor or dropped")
     if rules.roster is not None:
@@ -351,7 +266,7 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
             raise Refused(
                 Refusal.SURVIVOR_AND_DROPPED, "the survivors are not those that this node signed"
             )
-        _check_confirmed(state, request.acknowledgements, rules.roster)
+        check_confirmed(state, request.acknowledgements, rules.roster)
     held = {item.node_id: item for item in state.held}
     return Unmasked(
         seed_shares=tuple(
@@ -363,96 +278,11 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
     )
 
 
-def pair_key(own: KeyPair, public: bytes, session: Session, node_id: int, peer: int) -> bytes:
-    """Return the key of the mask that two nodes have in common.
-
-    Raises
-    ------
-    Refused
-        MALFORMED, for a public key that is none.
-    """
-    return _agree(own, public, session.label("mask", *sorted((node_id, peer))))
-
-
 def _agree(own: KeyPair, public: bytes, label: bytes) -> bytes:
     try:
         return own.agree(public, label)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, "a peer's key is no usable X25519 key") from error
-
-
-def _check_keys(state: NodeState, peers: Iterable[PeerKeys], own: tuple[bytes, bytes]) -> None:
-    seen_ids, seen_keys = {state.node_id}, set(own)
-    identities: set[bytes] = set()
-    for peer in peers:
-        if peer.node_id in seen_ids:
-            raise Refused(Refusal.PEER_KEY_CHANGED, f"node {peer.node_id} is named twice")
-        keys = {peer.mask_key, peer.seal_key}
-        if len(keys) != 2 or keys & seen_keys or (peer.identity and peer.identity in identities):
-            raise Refused(Refusal.PEER_KEY_CHANGED, f"node {peer.node_id} shares another's key")
-        seen_ids.add(peer.node_id)
-        seen_keys |= keys
-        identities.add(peer.identity)
-
-
-def _members(state: NodeState, peers: Iterable[PeerKeys], rules: NodeRules) -> tuple[int, ...]:
-    if rules.roster is None or rules.identity is None:
-        return tuple(peer.node_id for peer in peers)
-    return tuple(
-        peer.node_id
-        for peer in peers
-        if peer.identity != rules.identity.public
-        and rules.roster.vouches(
-            peer.identity,
-            peer.signature,
-            _keys_statement(state.session, peer.node_id, peer.mask_key, peer.seal_key),
-        )
-    )
-
-
-def _check_cohort(rules: NodeRules, members: Collection[int]) -> None:
-    if 1 + len(members) < rules.min_cohort:
-        raise Refused(
-            Refusal.TOO_FEW_NODES,
-            f"{1 + len(members)} nodes with this one, min_cohort={rules.min_cohort} must be there",
-        )
-
-
-def _check_named(named: tuple[int, ...], known: Collection[int]) -> None:
-    if len(set(named)) != len(named) or not set(named) <= set(known):
-        raise Refused(Refusal.MALFORMED, "a node is named twice, or is no neighbour")
-
-
-def _check_survivors(state: NodeState, survivors: tuple[int, ...], rules: NodeRules) -> None:
-    _check_named(survivors, state.sharers)
-    if len(survivors) < state.threshold:
-        raise Refused(
-            Refusal.TOO_FEW_NODES,
-            f"{len(survivors)} peers survive, threshold={state.threshold} must be there",
-        )
-    _check_cohort(rules, _those(survivors, state.members))
-
-
-def _check_confirmed(
-    state: NodeState, acknowledgements: tuple[SignedSurvivors, ...], roster: Roster
-) -> None:
-    """Require ``threshold`` members that signed a list of survivors with this node on it."""
-    identities = {peer.node_id: peer.identity for peer in state.peers}
-    own = node_bytes(state.node_id)
-    confirming = set()
-    for item in acknowledgements:
-        if item.node_id not in state.survivors or item.node_id not in state.members:
-            continue
-        listed = {item.survivors[i : i + 8] for i in range(0, len(item.survivors), 8)}
-        statement = _survivors_statement(state.session, item.node_id, item.survivors)
-        if own in listed and roster.vouches(identities[item.node_id], item.signature, statement):
-            confirming.add(item.node_id)
-    if len(confirming) < state.threshold:
-        raise Refused(
-            Refusal.UNCONFIRMED,
-            f"{len(confirming)} peers on the roster confirm that this node survived, "
-            f"threshold={state.threshold} must",
-        )
 
 
 def _without_keys(state: NodeState) -> tuple[PeerKeys, ...]:
@@ -461,19 +291,3 @@ def _without_keys(state: NodeState) -> tuple[PeerKeys, ...]:
         PeerKeys(node_id=peer.node_id, mask_key=b"", seal_key=b"", identity=peer.identity)
         for peer in state.peers
     )
-
-
-def _those(nodes: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(node for node in nodes if node in members)
-
-
-def _ids(nodes: tuple[int, ...]) -> bytes:
-    return b"".join(map(node_bytes, nodes))
-
-
-def _keys_statement(session: Session, node_id: int, mask_key: bytes, seal_key: bytes) -> bytes:
-    return session.label("keys", node_id) + mask_key + seal_key
-
-
-def _survivors_statement(session: Session, node_id: int, survivors: bytes) -> bytes:
-    return session.label("survivors", node_id) + survivors

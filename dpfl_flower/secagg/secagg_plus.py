@@ -16,12 +16,11 @@ from flwr.app import RecordDict
 from dpfl_flower import checks
 from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
 from dpfl_flower.secagg.messages import Reply, Stage
+from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum
 from dpfl_flower.secagg.server import (
     Acknowledging,
     Advertising,
     Masking,
-    RoundPlan,
-    SecureSum,
     ServerStage,
     Sharing,
     Unmasking,
@@ -132,6 +131,7 @@ class SecAggPlus(SecureAggregation):
             colluders=self.colluders,
             rosters=self.rosters,
             seconds=request.seconds,
+            largest=request.largest,
         )
         plan.require(request.nodes, "were drawn")
         return _Exchange(Advertising(plan))

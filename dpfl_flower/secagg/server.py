@@ -10,21 +10,17 @@ are, the outcome is the exact sum of the vectors of the nodes in `SecureSum.surv
 [1, 2, 3, 4]
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dpfl_flower import checks
 from dpfl_flower.rng import RandomSource, secure
 from dpfl_flower.secagg import shamir
 from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.graph import neighbour_graph
-from dpfl_flower.secagg.keys import KeyPair, commitment, is_usable
+from dpfl_flower.secagg.keys import is_usable
+from dpfl_flower.secagg.masked_sum import Graph, MaskedSum
 from dpfl_flower.secagg.masks import apply_mask
 from dpfl_flower.secagg.messages import (
     Acknowledged,
@@ -43,9 +39,9 @@ from dpfl_flower.secagg.messages import (
     Unmasked,
     UnmaskRequest,
 )
-from dpfl_flower.secagg.modulus import Modulus, Words
-from dpfl_flower.secagg.node import pair_key
-from dpfl_flower.secagg.session import Session, node_bytes
+from dpfl_flower.secagg.modulus import Modulus
+from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum
+from dpfl_flower.secagg.session import node_bytes
 
 __all__ = [
     "Acknowledging",
@@ -59,95 +55,6 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=Reply)
-_Graph = Mapping[int, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundPlan:
-    """The public constants of a round.
-
-    Parameters
-    ----------
-    session : Session
-    nodes : tuple of int
-        Who is asked.
-    width, bits : int
-        Vectors of ``width`` entries are summed mod 2^bits.
-    threshold : float
-        The share of a node's k neighbours that can put its secrets together: ``t`` is
-        ``ceil(threshold * k)``, and at least what ``2 t > k + colluders`` needs.
-    neighbours : int or None
-        k, even; None: everyone.
-    min_cohort : int
-        The fewest vectors in a sum.
-    colluders : int
-        How many neighbours of a node may work with the server.
-    rosters : bool
-        Whether the nodes have rosters, and so sign who survived.
-    seconds : float
-        After so long nodes forget the round.
-    """
-
-    session: Session
-    nodes: tuple[int, ...]
-    width: int
-    bits: int
-    threshold: float = 2 / 3
-    neighbours: int | None = None
-    min_cohort: int = 3
-    colluders: int = 0
-    rosters: bool = False
-    seconds: float = 3600.0
-
-    def __post_init__(self) -> None:
-        checks.positive_int(width=self.width, min_cohort=self.min_cohort)
-        checks.fraction(threshold=self.threshold)
-        checks.non_negative_int(colluders=self.colluders)
-        checks.positive(seconds=self.seconds)
-        if self.neighbours is not None:
-            checks.positive_int(neighbours=self.neighbours)
-            if self.neighbours % 2:
-                raise ValueError(f"neighbours={self.neighbours!r} must be even, or None")
-
-    def threshold_of(self, count: int) -> int:
-        """Return t for nodes of ``count`` neighbours.
-
-        Raises
-        ------
-        RoundAbandoned
-            If no t <= count fulfils ``2 t > count + colluders``.
-        """
-        least = (count + self.colluders) // 2 + 1
-        threshold = max(math.ceil(self.threshold * count - 1e-9), least)
-        if threshold > count:
-            raise RoundAbandoned(
-                f"{count} neighbours cannot outvote colluders={self.colluders}: "
-                f"{threshold} shares would be needed"
-            )
-        return threshold
-
-    def require(self, nodes: Iterable[int], what: str) -> None:
-        """Raise RoundAbandoned unless at least ``min_cohort`` nodes are left."""
-        count = len(set(nodes))
-        if count < self.min_cohort:
-            raise RoundAbandoned(
-                f"{count} of {len(self.nodes)} nodes {what}, min_cohort={self.min_cohort} must"
-            )
-
-
-@dataclass(frozen=True)
-class SecureSum:
-    """What the server learns: the sum, and whose vectors are in it.
-
-    Attributes
-    ----------
-    total : int64 array, shape (width,)
-        In ``[-2^(bits-1), 2^(bits-1))``.
-    survivors : tuple of int
-    """
-
-    total: NDArray[np.int64]
-    survivors: tuple[int, ...]
 
 
 class ServerStage(ABC):
@@ -225,7 +132,7 @@ class Sharing(ServerStage):
 
     plan: RoundPlan
     keys: Mapping[int, PeerKeys]
-    graph: _Graph
+    graph: Graph
     threshold: int
 
     @property
@@ -276,7 +183,7 @@ class Masking(ServerStage):
 
     plan: RoundPlan
     keys: Mapping[int, PeerKeys]
-    graph: _Graph
+    graph: Graph
     threshold: int
     commitments: Mapping[int, bytes]
     sealed: Mapping[int, tuple[Sealed, ...]]
@@ -302,7 +209,7 @@ class Masking(ServerStage):
                 continue
             survivors.append(node)
         self.plan.require(survivors, "sent a masked vector")
-        masked = _MaskedSum(
+        masked = MaskedSum(
             self.plan,
             self.keys,
             {node: self._sharing_peers(node) for node in self.sealed},
@@ -320,90 +227,10 @@ class Masking(ServerStage):
 
 
 @dataclass(frozen=True)
-class _MaskedSum:
-    """The sum under the masks that are still in it.
-
-    ``peers`` holds, for each node that shared, the neighbours that did; ``places`` the x of each
-    neighbour's share of its secrets.
-    """
-
-    plan: RoundPlan
-    keys: Mapping[int, PeerKeys]
-    peers: _Graph
-    places: Mapping[int, Mapping[int, int]]
-    threshold: int
-    commitments: Mapping[int, bytes]
-    total: Words = field(repr=False)
-    survivors: tuple[int, ...]
-
-    @property
-    def dropped(self) -> tuple[int, ...]:
-        """The nodes whose masks are in the sum though their vectors are not."""
-        survivors = set(self.survivors)
-        return tuple(
-            node
-            for node, peers in self.peers.items()
-            if node not in survivors and survivors.intersection(peers)
-        )
-
-    def require_holders(self, answering: Iterable[int]) -> None:
-        """Raise RoundAbandoned unless every secret that is needed can be put together."""
-        there = set(answering)
-        for node in (*self.survivors, *self.dropped):
-            holders = len(there.intersection(self.peers[node]))
-            if holders < self.threshold:
-                raise RoundAbandoned(
-                    f"{holders} neighbours of a node are left to unmask it, threshold="
-                    f"{self.threshold} must be"
-                )
-
-    def surviving_peers(self, node: int) -> tuple[int, ...]:
-        """Return the neighbours of ``node`` that sent a masked vector."""
-        survivors = set(self.survivors)
-        return tuple(peer for peer in self.peers[node] if peer in survivors)
-
-    def dropped_peers(self, node: int) -> tuple[int, ...]:
-        """Return the neighbours of ``node`` that shared and sent no masked vector."""
-        survivors = set(self.survivors)
-        return tuple(peer for peer in self.peers[node] if peer not in survivors)
-
-    def seed(self, node: int, shares: Mapping[int, bytes]) -> bytes:
-        """Return a survivor's seed, the one it committed to."""
-        label = self.plan.session.label("commit", node)
-        for candidate in self._candidates(shares):
-            if commitment(candidate, label) == self.commitments[node]:
-                return candidate
-        raise RoundAbandoned("the shares of a survivor's seed do not give what it committed to")
-
-    def key_pair(self, node: int, shares: Mapping[int, bytes]) -> KeyPair:
-        """Return a dropped node's mask key, the one it advertised."""
-        for candidate in self._candidates(shares):
-            pair = KeyPair(candidate)
-            if pair.public == self.keys[node].mask_key:
-                return pair
-        raise RoundAbandoned("the shares of a dropped node's key do not give what it advertised")
-
-    def _candidates(self, shares: Mapping[int, bytes]) -> Iterator[bytes]:
-        """Yield what ``threshold`` of the shares give, in turn, so that a wrong one is got past."""
-        places = sorted(shares)
-        if len(places) < self.threshold:
-            raise RoundAbandoned(
-                f"{len(places)} shares of a secret came, threshold={self.threshold} must"
-            )
-        turns = len(places) if len(places) > self.threshold else 1
-        for turn in range(turns):
-            chosen = (places[turn:] + places[:turn])[: self.threshold]
-            try:
-                yield shamir.combine({x: shares[x] for x in chosen})
-            except ValueError:
-                continue
-
-
-@dataclass(frozen=True)
 class Acknowledging(ServerStage):
     """Waits for signatures under the lists of survivors; only where nodes have rosters."""
 
-    masked: _MaskedSum
+    masked: MaskedSum
 
     @property
     def plan(self) -> RoundPlan:
@@ -440,7 +267,7 @@ class Acknowledging(ServerStage):
 class Unmasking(ServerStage):
     """Waits for the shares that take the masks off the sum."""
 
-    masked: _MaskedSum
+    masked: MaskedSum
     signed: Mapping[int, SignedSurvivors]
 
     @property
@@ -488,7 +315,13 @@ class Unmasking(ServerStage):
             apply_mask(total, key, modulus, subtract=True)
         for node, pair in pairs.items():
             for peer in masked.surviving_peers(node):
-                key = pair_key(pair, masked.keys[peer].mask_key, plan.session, node, peer)
+                key = pair.agree(masked.keys[peer].mask_key, plan.session.pair_label(node, peer))
                 # The survivor added it where its own id is the larger one.
                 apply_mask(total, key, modulus, subtract=peer > node)
-        return SecureSum(modulus.signed(total), masked.survivors)
+        signed = modulus.signed(total)
+        if plan.largest is not None:
+            # A node that masks with another key than it advertised leaves a mask in the sum.
+            most = plan.largest * len(masked.survivors)
+            if signed.min() < -most or signed.max() > most:
+                raise RoundAbandoned("the sum is larger than its vectors can give: a mask is left")
+        return SecureSum(signed, masked.survivors)

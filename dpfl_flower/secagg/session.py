@@ -52,3 +52,7 @@ class Session:
                 *map(node_bytes, parties),
             )
         )
+
+    def pair_label(self, node_id: int, peer: int) -> bytes:
+        """Return the label of the mask that two nodes have in common, the same for both."""
+        return self.label("mask", *sorted((node_id, peer)))

@@ -136,6 +136,7 @@ class SecureGathering(Gathering):
             extra[records.UPDATE] = bound.to_config()
         self._width = run.width
         self._bits = bits_without_wrap(bound.largest, bound.parties)
+        self._largest = bound.largest
         return Asked(server_round, asked.nodes, reference, asked.dither_seed, extra)
 
     def messages(
@@ -152,6 +153,7 @@ class SecureGathering(Gathering):
             width=self._width,
             bits=self._bits,
             seconds=min(_LONGEST_SECONDS, _STAGES * self.stage_seconds),
+            largest=self._largest,
         )
         try:
             self._round = _Round(task, self._secure.begin(request))

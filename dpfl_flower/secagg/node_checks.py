@@ -1,0 +1,116 @@
+"""What a node checks before it goes on with a round.
+
+>>> check_cohort(NodeRules(min_cohort=3), members=(1,))
+Traceback (most recent call last):
+    ...
+dpfl_flower.secagg.errors.Refused: too-few-nodes: 2 nodes with this one, min_cohort=3 must be there
+"""
+
+from collections.abc import Collection, Iterable
+
+from dpfl_flower.secagg.errors import Refusal, Refused
+from dpfl_flower.secagg.messages import PeerKeys, SignedSurvivors
+from dpfl_flower.secagg.node_state import NodeRules, NodeState
+from dpfl_flower.secagg.roster import Roster
+from dpfl_flower.secagg.session import Session, node_bytes
+
+
+def check_keys(state: NodeState, peers: Iterable[PeerKeys], own: tuple[bytes, bytes]) -> None:
+    """Refuse a peer that is named twice, or has a key that is another's, or this node's own."""
+    seen_ids, seen_keys = {state.node_id}, set(own)
+    identities: set[bytes] = set()
+    for peer in peers:
+        if peer.node_id in seen_ids:
+            raise Refused(Refusal.PEER_KEY_CHANGED, f"node {peer.node_id} is named twice")
+        keys = {peer.mask_key, peer.seal_key}
+        if len(keys) != 2 or keys & seen_keys or (peer.identity and peer.identity in identities):
+            raise Refused(Refusal.PEER_KEY_CHANGED, f"node {peer.node_id} shares another's key")
+        seen_ids.add(peer.node_id)
+        seen_keys |= keys
+        identities.add(peer.identity)
+
+
+def roster_members(
+    state: NodeState, peers: Iterable[PeerKeys], rules: NodeRules
+) -> tuple[int, ...]:
+    """Return the peers whose keys a member of the roster signed; without a roster, all."""
+    if rules.roster is None or rules.identity is None:
+        return tuple(peer.node_id for peer in peers)
+    return tuple(
+        peer.node_id
+        for peer in peers
+        if peer.identity != rules.identity.public
+        and rules.roster.vouches(
+            peer.identity,
+            peer.signature,
+            keys_statement(state.session, peer.node_id, peer.mask_key, peer.seal_key),
+        )
+    )
+
+
+def check_cohort(rules: NodeRules, members: Collection[int]) -> None:
+    """Refuse fewer nodes than ``min_cohort``, this one included."""
+    if 1 + len(members) < rules.min_cohort:
+        raise Refused(
+            Refusal.TOO_FEW_NODES,
+            f"{1 + len(members)} nodes with this one, min_cohort={rules.min_cohort} must be there",
+        )
+
+
+def check_named(named: tuple[int, ...], known: Collection[int]) -> None:
+    """Refuse a list that names a node twice, or one that is not ``known``."""
+    if len(set(named)) != len(named) or not set(named) <= set(known):
+        raise Refused(Refusal.MALFORMED, "a node is named twice, or is no neighbour")
+
+
+def check_survivors(state: NodeState, survivors: tuple[int, ...], rules: NodeRules) -> None:
+    """Refuse survivors that are no sharers, too few to unmask, or too few to hide among."""
+    check_named(survivors, state.sharers)
+    if len(survivors) < state.threshold:
+        raise Refused(
+            Refusal.TOO_FEW_NODES,
+            f"{len(survivors)} peers survive, threshold={state.threshold} must be there",
+        )
+    check_cohort(rules, those(survivors, state.members))
+
+
+def check_confirmed(
+    state: NodeState, acknowledgements: tuple[SignedSurvivors, ...], roster: Roster
+) -> None:
+    """Require ``threshold`` members that signed a list of survivors with this node on it."""
+    identities = {peer.node_id: peer.identity for peer in state.peers}
+    own = node_bytes(state.node_id)
+    confirming = set()
+    for item in acknowledgements:
+        if item.node_id not in state.survivors or item.node_id not in state.members:
+            continue
+        listed = {item.survivors[i : i + 8] for i in range(0, len(item.survivors), 8)}
+        statement = survivors_statement(state.session, item.node_id, item.survivors)
+        if own in listed and roster.vouches(identities[item.node_id], item.signature, statement):
+            confirming.add(item.node_id)
+    if len(confirming) < state.threshold:
+        raise Refused(
+            Refusal.UNCONFIRMED,
+            f"{len(confirming)} peers on the roster confirm that this node survived, "
+            f"threshold={state.threshold} must",
+        )
+
+
+def those(nodes: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the ``nodes`` that are ``members``, in order."""
+    return tuple(node for node in nodes if node in members)
+
+
+def joined_ids(nodes: tuple[int, ...]) -> bytes:
+    """Return the ids as bytes."""
+    return b"".join(map(node_bytes, nodes))
+
+
+def keys_statement(session: Session, node_id: int, mask_key: bytes, seal_key: bytes) -> bytes:
+    """Return what a node signs about its keys."""
+    return session.label("keys", node_id) + mask_key + seal_key
+
+
+def survivors_statement(session: Session, node_id: int, survivors: bytes) -> bytes:
+    """Return what a node signs about its surviving peers."""
+    return session.label("survivors", node_id) + survivors

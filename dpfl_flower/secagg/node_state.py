@@ -1,0 +1,108 @@
+"""What a node insists on, and what it keeps between two stages of a round.
+
+>>> NodeRules(min_cohort=1)
+Traceback (most recent call last):
+    ...
+ValueError: min_cohort=1 must be >= 2: a sum of one is no sum
+"""
+
+from dataclasses import dataclass, field
+
+from dpfl_flower import checks
+from dpfl_flower.secagg.messages import PeerKeys
+from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.session import Session
+
+__all__ = ["HeldShares", "NodeRules", "NodeState", "Party"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRules:
+    """What a node insists on, whatever the server asks for.
+
+    Parameters
+    ----------
+    min_cohort : int
+        The fewest nodes, itself included, that its vector may be summed with: counted among itself
+        and its neighbours, and with a roster among members only. At least 2.
+    colluders : int
+        How many of its neighbours may work with the server: ``2 t > k + colluders`` must hold.
+        Neighbours that are not on the roster count on top.
+    identity, roster
+        Given together: the node signs its keys, counts only peers on the roster towards
+        ``min_cohort``, and unmasks only once enough of them confirm that it counts as a survivor.
+    """
+
+    min_cohort: int = 3
+    colluders: int = 0
+    identity: Identity | None = None
+    roster: Roster | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive_int(min_cohort=self.min_cohort)
+        checks.non_negative_int(colluders=self.colluders)
+        if self.min_cohort < 2:
+            raise ValueError(f"min_cohort={self.min_cohort!r} must be >= 2: a sum of one is no sum")
+        if (self.identity is None) != (self.roster is None):
+            raise ValueError("identity and roster must be given together or not at all")
+        if self.identity and self.roster and self.identity.public not in self.roster.members:
+            raise ValueError("roster must name this node's own identity")
+
+
+@dataclass(frozen=True)
+class Party:
+    """Which node this is, in which run."""
+
+    run_id: int
+    node_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldShares:
+    """What a peer entrusted to this node."""
+
+    node_id: int
+    seed_share: bytes = field(repr=False)
+    key_share: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeState:
+    """What a node keeps between two stages, and deletes with the round.
+
+    Attributes
+    ----------
+    run_id, node_id, server_round, width, bits, threshold : int
+    expires : float
+        Seconds since the epoch after which the round is over for this node.
+    mask_private, seal_private, seed : bytes
+        Its secrets; empty once they are of no more use.
+    peers : tuple of PeerKeys
+        Its neighbours; ``sharers`` are those whose masks are in the masked vector.
+    members : tuple of int
+        The neighbours on the roster; all neighbours where there is none.
+    held : tuple of HeldShares
+    survivors : tuple of int
+        The peers it signed as survivors.
+    """
+
+    run_id: int
+    node_id: int
+    server_round: int
+    width: int
+    bits: int
+    expires: float
+    mask_private: bytes = field(repr=False)
+    seal_private: bytes = field(repr=False)
+    seed: bytes = field(default=b"", repr=False)
+    threshold: int = 0
+    peers: tuple[PeerKeys, ...] = ()
+    members: tuple[int, ...] = ()
+    sharers: tuple[int, ...] = ()
+    held: tuple[HeldShares, ...] = ()
+    survivors: tuple[int, ...] = ()
+
+    @property
+    def session(self) -> Session:
+        """The round of the run."""
+        return Session(self.run_id, self.server_round)

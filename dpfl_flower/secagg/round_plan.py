@@ -1,0 +1,111 @@
+"""The public constants of a round, and its outcome.
+
+>>> plan = RoundPlan(session=Session(1, 1), nodes=(1, 2, 3, 4), width=2, bits=32, colluders=1)
+>>> plan.threshold_of(3)
+3
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpfl_flower import checks
+from dpfl_flower.secagg.errors import RoundAbandoned
+from dpfl_flower.secagg.session import Session
+
+__all__ = ["RoundPlan", "SecureSum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """The public constants of a round.
+
+    Parameters
+    ----------
+    session : Session
+    nodes : tuple of int
+        Who is asked.
+    width, bits : int
+        Vectors of ``width`` entries are summed mod 2^bits.
+    threshold : float
+        The share of a node's k neighbours that can put its secrets together: ``t`` is
+        ``ceil(threshold * k)``, and at least what ``2 t > k + colluders`` needs.
+    neighbours : int or None
+        k, even; None: everyone.
+    min_cohort : int
+        The fewest vectors in a sum.
+    colluders : int
+        How many neighbours of a node may work with the server.
+    rosters : bool
+        Whether the nodes have rosters, and so sign who survived.
+    seconds : float
+        After so long nodes forget the round.
+    largest : int or None
+        Where given, no entry of an honest vector is larger in absolute value. A sum that is larger
+        than its vectors can give holds a mask that nobody can take off: it is given up.
+    """
+
+    session: Session
+    nodes: tuple[int, ...]
+    width: int
+    bits: int
+    threshold: float = 2 / 3
+    neighbours: int | None = None
+    min_cohort: int = 3
+    colluders: int = 0
+    rosters: bool = False
+    seconds: float = 3600.0
+    largest: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.positive_int(width=self.width, min_cohort=self.min_cohort)
+        checks.fraction(threshold=self.threshold)
+        checks.non_negative_int(colluders=self.colluders)
+        checks.positive(seconds=self.seconds)
+        if self.neighbours is not None:
+            checks.positive_int(neighbours=self.neighbours)
+            if self.neighbours % 2:
+                raise ValueError(f"neighbours={self.neighbours!r} must be even, or None")
+
+    def threshold_of(self, count: int) -> int:
+        """Return t for nodes of ``count`` neighbours.
+
+        Raises
+        ------
+        RoundAbandoned
+            If no t <= count fulfils ``2 t > count + colluders``.
+        """
+        least = (count + self.colluders) // 2 + 1
+        threshold = max(math.ceil(self.threshold * count - 1e-9), least)
+        if threshold > count:
+            raise RoundAbandoned(
+                f"{count} neighbours cannot outvote colluders={self.colluders}: "
+                f"{threshold} shares would be needed"
+            )
+        return threshold
+
+    def require(self, nodes: Iterable[int], what: str) -> None:
+        """Raise RoundAbandoned unless at least ``min_cohort`` nodes are left."""
+        count = len(set(nodes))
+        if count < self.min_cohort:
+            raise RoundAbandoned(
+                f"{count} of {len(self.nodes)} nodes {what}, min_cohort={self.min_cohort} must"
+            )
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """What the server learns: the sum, and whose vectors are in it.
+
+    Attributes
+    ----------
+    total : int64 array, shape (width,)
+        In ``[-2^(bits-1), 2^(bits-1))``.
+    survivors : tuple of int
+    """
+
+    total: NDArray[np.int64]
+    survivors: tuple[int, ...]

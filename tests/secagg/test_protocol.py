@@ -1,0 +1,256 @@
+"""The masked sum is the plain integer sum whoever drops out when, or the round is abandoned."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpfl_flower.secagg import RoundAbandoned, SecureSum
+from dpfl_flower.secagg.messages import Stage
+from dpfl_flower.secagg.modulus import Modulus
+from dpfl_flower.secagg.node_state import NodeRules
+from dpfl_flower.secagg.server import Advertising
+from dpfl_flower.secagg.wire import decode_reply, decode_request, encode, from_config, to_config
+from tests.support.secagg import Cast, plain_sum, plan, vectors, with_rosters
+
+SIX = (11, 22, 33, 44, 55, 2**63 + 66)
+EVERY = (Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.UNMASK)
+
+
+def test_nobody_drops_and_the_sum_is_exact():
+    parts = vectors(SIX, width=1000, most=2**20)
+    result = Cast(parts).run(plan(SIX, width=1000))
+    assert result.survivors == SIX
+    np.testing.assert_array_equal(result.total, plain_sum(parts, SIX))
+
+
+def subsets(items):
+    items = sorted(items)
+    return itertools.chain.from_iterable(
+        itertools.combinations(items, size) for size in range(len(items) + 1)
+    )
+
+
+def survives(answered):
+    """Whether a round of a complete graph ends well, given who answered at each stage."""
+    advertised, shared, masked, unmasked = map(len, answered)
+    if min(advertised, shared, masked) < 3:
+        return False
+    threshold = (advertised - 1) // 2 + 1
+    return min(shared, masked, unmasked) - 1 >= threshold
+
+
+def test_every_way_of_six_nodes_to_drop_out_at_every_stage():
+    parts = vectors(SIX, width=2)
+    seen = {True: 0, False: 0}
+
+    def explore(stage, states, answered):
+        cast = Cast(parts, states=states)
+        replies = cast.answer_all(stage)
+        for there in subsets(replies):
+            now = (*answered, frozenset(there))
+            try:
+                following = stage.receive({node: replies[node] for node in there})
+            except RoundAbandoned:
+                # Even if everybody had stayed from here on, it could not have been saved.
+                assert not survives((*now, *[now[-1]] * (len(EVERY) - len(now))))
+                seen[False] += 1
+                continue
+            if isinstance(following, SecureSum):
+                assert survives(now)
+                assert set(following.survivors) == now[2]
+                np.testing.assert_array_equal(following.total, plain_sum(parts, now[2]))
+                seen[True] += 1
+            else:
+                explore(following, {n: cast.states[n] for n in there}, now)
+
+    explore(Advertising(plan(SIX, width=2)), {}, ())
+    # Of the 5^6 ways to drop out, those that keep the threshold; counted independently.
+    kept = 0
+    for leaving in itertools.product(range(5), repeat=6):
+        kept += survives([[n for n in leaving if n > stage] for stage in range(4)])
+    assert seen[True] == kept == 465
+
+
+@st.composite
+def rounds(draw):
+    count = draw(st.integers(3, 24))
+    neighbours = draw(st.sampled_from([None, 4, 6, 10]))
+    leaving = draw(st.lists(st.sampled_from(Stage), min_size=count // 3, max_size=count // 3))
+    first = draw(st.integers(0, count - 1))
+    nodes = [1000 - 7 * i for i in range(count)]
+    dropping = {nodes[(first + i) % count]: stage for i, stage in enumerate(leaving)}
+    return nodes, neighbours, dropping
+
+
+@given(
+    rounds(),
+    st.sampled_from([16, 24, 32, 64]),
+    st.booleans(),
+    st.sampled_from([0.51, 2 / 3]),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_graph_of_more_nodes_gives_the_exact_sum_or_is_abandoned(
+    drawn, bits, rosters, threshold, seed
+):
+    nodes, neighbours, dropping = drawn
+    parts = vectors(nodes, width=4, most=2 ** (bits - 7), seed=seed)
+    rules = with_rosters(nodes) if rosters else {}
+    round_plan = plan(
+        nodes, width=4, bits=bits, neighbours=neighbours, rosters=rosters, threshold=threshold
+    )
+    try:
+        result = Cast(parts, rules).run(round_plan, dropping=dropping)
+    except RoundAbandoned:
+        assert dropping
+        return
+    gone = {n for n, stage in dropping.items() if stage <= Stage.MASK}
+    assert not gone.intersection(result.survivors)
+    np.testing.assert_array_equal(result.total, plain_sum(parts, result.survivors))
+
+
+def test_with_rosters_nodes_drop_between_signing_and_unmasking():
+    parts = vectors(SIX)
+    result = Cast(parts, with_rosters(SIX)).run(
+        plan(SIX, rosters=True), dropping={11: Stage.ACKNOWLEDGE, 22: Stage.UNMASK}
+    )
+    assert result.survivors == SIX
+    np.testing.assert_array_equal(result.total, plain_sum(parts, SIX))
+
+
+def test_a_sum_that_leaves_the_modulus_wraps_and_says_so_by_its_sign():
+    nodes = SIX[:3]
+    parts = {n: np.array([100, -100, 5], np.int64) for n in nodes}
+    result = Cast(parts).run(plan(nodes, bits=8))
+    assert result.total.tolist() == [300 - 256, 256 - 300, 15]
+
+
+def test_what_the_sum_reveals_is_who_is_in_it_and_nothing_else_travels():
+    parts = vectors(SIX, width=5)
+    lengths = []
+
+    def watch(stage, replies):
+        lengths.extend(reply.vector.size for reply in replies.values() if reply.stage is Stage.MASK)
+
+    Cast(parts).run(plan(SIX, width=5, bits=24), watch=watch)
+    assert lengths == [5 * 3 + 1] * 6
+
+
+# Too few.
+
+
+def test_fewer_nodes_than_the_minimum_are_never_summed():
+    for dropping in ({}, {11: Stage.MASK}, {11: Stage.SHARE}):
+        with pytest.raises(RoundAbandoned, match="min_cohort=6"):
+            Cast(vectors(SIX[:5])).run(plan(SIX[:5], min_cohort=6), dropping=dropping)
+    rules = {n: NodeRules(min_cohort=2) for n in SIX}
+    assert Cast(vectors(SIX), rules).run(plan(SIX[:2], min_cohort=2)).survivors == SIX[:2]
+
+
+def test_colluders_raise_the_threshold_or_stop_the_round():
+    assert plan(SIX).threshold_of(5) == 3
+    assert plan(SIX, colluders=2).threshold_of(5) == 4
+    assert plan(SIX, threshold=2 / 3).threshold_of(5) == 4
+    for count in range(1, 60):
+        for colluders in range(5):
+            try:
+                threshold = plan(SIX, colluders=colluders).threshold_of(count)
+            except RoundAbandoned:
+                assert count <= colluders
+            else:
+                assert 2 * threshold > count + colluders
+                assert math.ceil(0.51 * count) <= threshold <= count
+
+
+# One wrong share among more than enough costs nothing; wrong secrets never make a wrong sum.
+
+
+def garbled(share):
+    return type(share)(node_id=share.node_id, share=bytes(33))
+
+
+def test_a_wrong_share_is_got_past_where_others_are_left():
+    parts = vectors(SIX)
+    cast = Cast(parts)
+
+    def lie(stage, replies):
+        if replies[11].stage is Stage.UNMASK:
+            seeds = tuple(map(garbled, replies[11].seed_shares))
+            replies[11] = type(replies[11])(seed_shares=seeds, key_shares=())
+
+    result = cast.run(plan(SIX), watch=lie)
+    np.testing.assert_array_equal(result.total, plain_sum(parts, SIX))
+
+
+def test_wrong_shares_of_too_many_abandon_the_round():
+    def lie(stage, replies):
+        for node in (11, 22, 33):
+            if node in replies and replies[node].stage is Stage.UNMASK:
+                seeds = tuple(map(garbled, replies[node].seed_shares))
+                keys = tuple(map(garbled, replies[node].key_shares))
+                replies[node] = type(replies[node])(seed_shares=seeds, key_shares=keys)
+
+    for dropping in ({}, {55: Stage.MASK}):
+        with pytest.raises(RoundAbandoned, match=r"do not give|shares of a secret"):
+            Cast(vectors(SIX)).run(plan(SIX), watch=lie, dropping=dropping)
+
+
+def test_a_key_that_nobody_can_agree_on_costs_its_own_node_only():
+    def lie(stage, replies):
+        if 11 in replies and replies[11].stage is Stage.ADVERTISE:
+            replies[11] = type(replies[11])(mask_key=bytes(32), seal_key=replies[11].seal_key)
+            replies[33] = replies[22]  # of two nodes with one key only the first goes on
+
+    parts = vectors(SIX)
+    result = Cast(parts).run(plan(SIX), watch=lie)
+    left = tuple(n for n in SIX if n not in (11, 33))
+    assert result.survivors == left
+    np.testing.assert_array_equal(result.total, plain_sum(parts, left))
+
+
+# On the wire.
+
+
+def test_every_message_and_state_survives_its_records():
+    kinds = set()
+
+    def watch(stage, replies):
+        for request in stage.requests.values():
+            assert decode_request(encode(request)) == request
+        for reply in replies.values():
+            kinds.add(type(reply).__name__)
+            again = decode_reply(encode(reply))
+            if reply.stage is Stage.MASK:
+                np.testing.assert_array_equal(again.vector, reply.vector)
+            else:
+                assert again == reply
+        for state in cast.states.values():
+            assert from_config(type(state), dict(to_config(state))) == state
+
+    cast = Cast(vectors(SIX), with_rosters(SIX))
+    cast.run(plan(SIX, rosters=True), watch=watch, dropping={11: Stage.MASK})
+    assert kinds == {"Advertised", "SharedKeys", "Masked", "Acknowledged", "Unmasked"}
+
+
+def test_secrets_are_forgotten_once_they_are_of_no_more_use():
+    def watch(stage, replies):
+        for state in cast.states.values():
+            if next(iter(stage.requests.values())).stage >= Stage.MASK:
+                assert state.seed == state.mask_private == state.seal_private == b""
+                assert all(peer.mask_key == b"" for peer in state.peers)
+
+    cast = Cast(vectors(SIX))
+    cast.run(plan(SIX), watch=watch)
+
+
+def test_what_a_survivor_adds_a_dropped_peer_is_subtracted():
+    # The pairwise masks of two nodes cancel whichever of the two has the larger id.
+    for gone in SIX:
+        parts = vectors(SIX, width=4)
+        result = Cast(parts).run(plan(SIX, width=4, bits=64), dropping={gone: Stage.MASK})
+        np.testing.assert_array_equal(result.total, plain_sum(parts, set(SIX) - {gone}))
+    assert Modulus(64).signed(Modulus(64).zeros(1)).tolist() == [0]
