@@ -300,6 +300,11 @@ def _own_update(
         for content in (asked, answered)
     )
     layout = ArrayLayout.of(reference)
+    if layout.dimension != request.grid.dimension:
+        raise NodeError(
+            NodeErrorCode.MALFORMED_REQUEST,
+            f"dimension={request.grid.dimension} must be the model's, {layout.dimension}",
+        )
     layout.check(arrays)
     bounded = request.open_sum()
     return bounded.contribution(layout.released(arrays), layout.released(reference))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpfl_flower import records
 from dpfl_flower.accounting import Ledger, PrivacyBudget, epsilon
@@ -21,7 +23,7 @@ from dpfl_flower.client import (
 )
 from dpfl_flower.client.distributed_request import DistributedRequest, request_awaiting_share
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
-from dpfl_flower.distributed import design
+from dpfl_flower.distributed import DistributedPlan, design
 from dpfl_flower.quantize import centred, decoded
 from dpfl_flower.rng import SeededRandom
 from tests.support.node import all_bytes, context, message
@@ -318,6 +320,52 @@ def test_a_node_that_is_the_unit_answers_its_own_bounded_update():
     # One unit of norm 6 clipped to 1, and a share.
     mean = decoded(residues, asked.grid, clip_norm=1.0, rotation_seed=b"public", expected_cohort=1)
     assert np.abs(mean - 0.5).max() < 7 * asked.plan.share_multiplier
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_a_request_holds_the_answer_is_noised_or_an_error(data):
+    """Every field of the request, of any type and size; the share is drawn or nothing leaves."""
+    fields = dict(request(dimension=4).to_config())
+    for key in data.draw(st.lists(st.sampled_from(sorted(fields)), max_size=3)):
+        fields[key] = data.draw(
+            st.integers(-(2**63), 2**63 - 1)
+            | st.integers(-3, 40)
+            | st.floats()
+            | st.text(max_size=5)
+            | st.binary(max_size=5)
+            | st.sampled_from(["node", "user", "replace-one", "zero-out", "skellam"])
+        )
+    sent = RecordDict({**MODEL, records.DISTRIBUTED: ConfigRecord(fields)})
+    asking = user_cohort_app(zeros_fn, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
+    reply = asking(message("train", sent), context(**NODE))
+    if reply.has_error():
+        assert reply.error.code in set(NodeErrorCode)
+        assert reply.error.code != NodeErrorCode.CLIENT_FAILED
+    else:
+        plan = DistributedPlan.from_fields(fields)
+        residues = residues_of(reply)
+        assert residues.shape == (plan.grid.padded,)
+        # All units hold zeros: what is left is the share, which is not all zeros.
+        assert plan.squared_scale < 40 or residues.any()
+
+
+def zeros_fn(ctx):
+    del ctx
+    return UserCohort({"ann": 0.0}, local_update=lambda arrays, step: dict(arrays))
+
+
+def test_a_node_that_is_the_unit_is_not_asked_for_a_vector_of_another_length():
+    app_of_weights = ClientApp(mods=[noise_share_mod(dataset="phone", delta=DELTA)])
+
+    @app_of_weights.train()
+    def train(received, ctx):
+        del ctx
+        return type(received)(RecordDict(dict(received.content)), reply_to=received)
+
+    asked = request(dimension=2**31, unit="node")
+    reply = app_of_weights(message("train", content(asked)), context(**NODE))
+    assert reply.error.code == NodeErrorCode.MALFORMED_REQUEST
 
 
 @pytest.mark.parametrize("kind", ["cohort", "nothing", "malformed"])
