@@ -171,7 +171,7 @@ def _journal(context: Context) -> Journal:
     path = _text(context.node_config, records.SECAGG_JOURNAL)
     if path is None:
         return MemoryJournal(remembered)
-    return FileJournal(Path(path), context.run_id, remembered=remembered)
+    return FileJournal(Path(path), context.run_id, context.node_id, remembered=remembered)
 
 
 def _recall(context: Context) -> Progress:

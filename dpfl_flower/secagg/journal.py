@@ -2,7 +2,7 @@
 
 A SuperNode keeps an app's state in memory and pushes it after the reply, so a crash or a replay in
 between would find the state of before. With a file, what is about to be answered is written and
-synced first. One file serves all runs of a node.
+synced first. One file serves all runs, and several nodes if need be.
 
 >>> memory = MemoryJournal(Progress(server_round=2, stage=5))
 >>> memory.enter(3, Stage.ADVERTISE)
@@ -96,12 +96,12 @@ class MemoryJournal(Journal):
 
 @final
 class FileJournal(Journal):
-    """Keeps the progress of every run in a file, appended to and synced before each answer.
+    """Keeps the progress in every run in a file, appended to and synced before each answer.
 
     Parameters
     ----------
     path : Path
-    run_id : int
+    run_id, node_id : int
     remembered : Progress, optional
         What memory says: the later of the two counts.
     wait_seconds : float
@@ -112,12 +112,13 @@ class FileJournal(Journal):
         self,
         path: Path,
         run_id: int,
+        node_id: int,
         *,
         remembered: Progress | None = None,
         wait_seconds: float = _WAIT_SECONDS,
     ) -> None:
         self._path = path
-        self._run_id = run_id
+        self._who = [run_id, node_id]
         self._progress = remembered or Progress()
         self._wait_seconds = wait_seconds
 
@@ -132,9 +133,9 @@ class FileJournal(Journal):
             file = LedgerFile.lock(self._path, wait_seconds=self._wait_seconds)
             try:
                 data = file.read()
-                last = max((self._progress, *_of_run(data, self._run_id)))
+                last = max((self._progress, *_of(data, self._who)))
                 self._progress = _following(last, server_round, stage)
-                line = json.dumps([self._run_id, server_round, int(stage)]).encode() + b"\n"
+                line = json.dumps([*self._who, server_round, int(stage)]).encode() + b"\n"
                 # A line that a crash cut short was never answered: it is closed and passed over.
                 torn = data and not data.endswith(b"\n")
                 file.append(TORN_MARK + line if torn else line)
@@ -144,13 +145,13 @@ class FileJournal(Journal):
             raise Refused(Refusal.JOURNAL, f"the journal {self._path} failed: {error}") from error
 
 
-def _of_run(data: bytes, run_id: int) -> Iterable[Progress]:
+def _of(data: bytes, who: list[int]) -> Iterable[Progress]:
     *lines, _ = data.split(b"\n")
     for line in lines:
         if (line + b"\n").endswith(TORN_MARK):
             continue
         found = json.loads(line)
-        if not (isinstance(found, list) and [type(item) for item in found] == [int] * 3):
+        if not (isinstance(found, list) and [type(item) for item in found] == [int] * 4):
             raise ValueError(f"{line!r} is no line of a journal")
-        if found[0] == run_id:
-            yield Progress(found[1], found[2])
+        if found[:2] == who:
+            yield Progress(found[2], found[3])

@@ -1,0 +1,356 @@
+"""The mod: what leaves a node, what it refuses, and what it forgets."""
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from dpfl_flower import records
+from dpfl_flower.client import NodeErrorCode, secure_aggregation_mod
+from dpfl_flower.client.contribution import SumBound, UpdateRequest, contribution_for
+from dpfl_flower.client.errors import NodeError
+from dpfl_flower.client.secure_aggregation import rules_from_node_config
+from dpfl_flower.quantize import BoundedSum, IntegerGrid
+from dpfl_flower.secagg import SecAggPlus, Session, SumRequest
+from dpfl_flower.secagg.messages import Stage
+from tests.support.node import all_bytes, context, message
+
+GRID = IntegerGrid.for_noise_multiplier(1.0, 4)
+NODES = (1, 2, 3, 4)
+SECRET = 4711.0625
+
+
+def answers(message, context):
+    """Train as an unmodified app does: weights, a count and metrics go back."""
+    assert set(message.content) <= {records.ARRAYS, records.CONFIG, records.COHORT}
+    arrays = {n: Array(a.numpy() + np.float32(0.1)) for n, a in message.content["arrays"].items()}
+    metrics = MetricRecord({"num-examples": 25, "loss": SECRET})
+    return Message(
+        RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message
+    )
+
+
+def app_of(train):
+    app = ClientApp()
+    app.train(mods=[secure_aggregation_mod])(train)
+
+    @app.query()
+    def query(message, context):
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def task(**changes):
+    request = UpdateRequest(
+        grid=GRID, clip_norm=1.0, largest=1 << 15, parties=4, **({"w_max": 100.0} | changes)
+    )
+    return {
+        records.ARRAYS: ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
+        records.CONFIG: ConfigRecord({"server-round": 1}),
+        records.UPDATE: request.to_config(),
+    }
+
+
+class Nodes:
+    """Four nodes with contexts of their own, asked by a server that may do anything."""
+
+    def __init__(self, train=answers, **node_config):
+        self.app = app_of(train)
+        self.contexts = {n: context(node_id=n, **node_config) for n in NODES}
+
+    def ask(self, node, content):
+        return self.app(message("train", content, node_id=node), self.contexts[node])
+
+    def go(self, until=None, *, server_round=1, extra=None, rosters=False):
+        """Carry a round out; stop before the stage ``until`` and return the exchange."""
+        exchange = SecAggPlus(rosters=rosters).begin(
+            SumRequest(
+                session=Session(5, server_round), nodes=NODES, width=4, bits=32, seconds=60.0
+            )
+        )
+        while hasattr(exchange, "requests"):
+            if exchange.stage == until:
+                return exchange
+            replies = {}
+            for node, protocol in exchange.requests.items():
+                reply = self.ask(node, self.content(exchange, protocol, extra))
+                assert not reply.has_error(), reply.error
+                replies[node] = reply.content
+            exchange = exchange.receive(replies)
+        return exchange
+
+    @staticmethod
+    def content(exchange, protocol, extra=None):
+        content = RecordDict(dict((extra or task()) if exchange.carries_task else {}))
+        for name, record in protocol.items():
+            content[name] = record
+        return content
+
+    def code(self, node, content):
+        reply = self.ask(node, content)
+        assert reply.has_error()
+        return NodeErrorCode(reply.error.code)
+
+
+def test_the_sum_is_that_of_bounded_updates():
+    expected = BoundedSum(GRID, clip_norm=1.0).contribution(
+        [np.full(4, np.float32(0.1))], weight=0.25
+    )
+    assert np.any(expected)
+    np.testing.assert_array_equal(Nodes().go().total, 4 * expected)
+    uniform = BoundedSum(GRID, clip_norm=1.0).contribution([np.full(4, np.float32(0.1))])
+    total = Nodes().go(extra=task(w_max=0.0)).total
+    np.testing.assert_array_equal(total, 4 * uniform)
+
+
+def test_only_the_masked_vector_leaves():
+    nodes = Nodes()
+    exchange = nodes.go(until="mask")
+    reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1]))
+    assert set(reply.content) == {records.SECAGG, records.MASKED}
+    assert dict(reply.content[records.SECAGG]) == {"stage": int(Stage.MASK)}
+    sent = all_bytes(reply)
+    assert np.float64(SECRET).tobytes() not in sent
+    assert b"num-examples" not in sent
+    assert b"loss" not in sent
+
+
+def test_a_train_message_without_the_protocol_is_refused_and_others_pass():
+    nodes = Nodes()
+    plain = RecordDict({records.ARRAYS: ArrayRecord({"w": Array(np.zeros(4, np.float32))})})
+    assert nodes.code(1, plain) is NodeErrorCode.SECAGG_REQUIRED
+    query = nodes.app(message("query", RecordDict(), node_id=1), nodes.contexts[1])
+    assert not query.has_error()
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "mask", "unmask"])
+def test_each_stage_is_answered_once(stage):
+    nodes = Nodes()
+    exchange = nodes.go(until=stage)
+    content = nodes.content(exchange, exchange.requests[1])
+    assert not nodes.ask(1, content).has_error()
+    again = nodes.content(exchange, exchange.requests[1])
+    expected = "SECAGG_ALREADY_UNMASKED" if stage == "unmask" else "SECAGG_REPLAYED"
+    assert nodes.code(1, again).name == expected
+
+
+def test_a_crash_between_reply_and_state_is_noticed_where_there_is_a_journal(tmp_path):
+    nodes = Nodes(secagg_journal=str(tmp_path / "journal"))
+    exchange = nodes.go(until="unmask")
+    record = ConfigRecord(dict(nodes.contexts[1].state[records.SECAGG_STATE]))
+    progress = ConfigRecord(dict(nodes.contexts[1].state[records.SECAGG_PROGRESS]))
+    assert not nodes.ask(1, nodes.content(exchange, exchange.requests[1])).has_error()
+    nodes.contexts[1].state[records.SECAGG_STATE] = record
+    nodes.contexts[1].state[records.SECAGG_PROGRESS] = progress
+    again = nodes.content(exchange, exchange.requests[1])
+    assert nodes.code(1, again) is NodeErrorCode.SECAGG_ALREADY_UNMASKED
+
+
+def test_the_state_is_deleted_when_a_round_ends_or_fails_or_another_begins(monkeypatch):
+    nodes = Nodes()
+    exchange = nodes.go(until="mask")
+    assert records.SECAGG_STATE in nodes.contexts[1].state
+    broken = nodes.content(exchange, exchange.requests[1], {records.CONFIG: ConfigRecord()})
+    assert nodes.code(1, broken) is NodeErrorCode.MALFORMED_REQUEST
+    assert records.SECAGG_STATE not in nodes.contexts[1].state
+    nodes.go(server_round=2)
+    assert all(records.SECAGG_STATE not in c.state for c in nodes.contexts.values())
+    old = nodes.go(until="share", server_round=3)
+    before = dict(nodes.contexts[1].state[records.SECAGG_STATE])
+    nodes.go(until="share", server_round=4)
+    assert nodes.contexts[1].state[records.SECAGG_STATE]["mask_private"] != before["mask_private"]
+    late = nodes.content(old, old.requests[1])
+    assert nodes.code(1, late) is NodeErrorCode.SECAGG_REPLAYED
+
+
+def test_a_round_whose_time_is_up_is_forgotten(monkeypatch):
+    nodes = Nodes()
+    exchange = nodes.go(until="share")
+    now = nodes.contexts[1].state[records.SECAGG_STATE]["expires"]
+    monkeypatch.setattr("time.time", lambda: now + 1)
+    content = nodes.content(exchange, exchange.requests[1])
+    assert nodes.code(1, content) is NodeErrorCode.SECAGG_OUT_OF_ORDER
+    assert records.SECAGG_STATE not in nodes.contexts[1].state
+
+
+def raising(message, context):
+    raise ValueError("patient 4711 has no age")
+
+
+def failing(message, context):
+    return Message(Error(77, "patient 4711"), reply_to=message)
+
+
+def known(message, context):
+    return Message(NodeErrorCode.BUDGET_EXHAUSTED.to_error(), reply_to=message)
+
+
+def other_shape(message, context):
+    arrays = ArrayRecord({"w": Array(np.zeros(5, np.float32))})
+    return Message(RecordDict({"arrays": arrays}), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("train", "code"),
+    [
+        (raising, "CLIENT_FAILED"),
+        (failing, "CLIENT_FAILED"),
+        (known, "BUDGET_EXHAUSTED"),
+        (other_shape, "MALFORMED_REPLY"),
+        (lambda m, c: Message(RecordDict(), reply_to=m), "MALFORMED_REPLY"),
+    ],
+)
+def test_an_app_that_fails_is_a_dropout_and_its_words_stay(train, code):
+    nodes = Nodes(train)
+    exchange = nodes.go(until="mask")
+    reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1]))
+    assert reply.error.code == NodeErrorCode[code]
+    assert "4711" not in reply.error.reason
+
+
+# What is asked of a node.
+
+
+def contribution(content, *, width=4, bits=32, **node_config):
+    return contribution_for(RecordDict(content), node_config, width=width, bits=bits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 16},  # 4 * 2^15 needs 18
+        {"width": 5},
+    ],
+)
+def test_a_request_that_does_not_fit_the_sum_is_refused(changes):
+    contribution(task())
+    with pytest.raises(NodeError) as refused:
+        contribution(task(), **changes)
+    assert refused.value.code is NodeErrorCode.MALFORMED_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("clip-norm", 0.0),
+        ("w-max", -1.0),
+        ("largest", 5),
+        ("parties", 0),
+        ("dither-seed", b"x"),
+        ("dimension", 3),
+        ("sensitivity-units", "4"),
+        ("unknown", 1),
+    ],
+)
+def test_each_field_of_an_update_request_is_checked(field, value):
+    content = task()
+    content[records.UPDATE][field] = value
+    with pytest.raises(NodeError) as refused:
+        contribution(content)
+    assert refused.value.code is NodeErrorCode.MALFORMED_REQUEST
+
+
+def test_a_nodes_own_least_noise_holds():
+    contribution(task(), **{"min-noise-multiplier": 1.0})
+    with pytest.raises(NodeError) as refused:
+        contribution(task(), **{"min-noise-multiplier": 1.1})
+    assert refused.value.code is NodeErrorCode.POLICY_REFUSED
+
+
+def test_a_sum_of_many_units_is_held_to_the_population_that_was_named():
+    bound = SumBound(largest=100, parties=4).to_config()
+    made = contribution({records.COHORT: ConfigRecord(), records.UPDATE: bound})
+    assert records.UPDATE not in made.task
+    assert records.COHORT in made.task
+
+    def answer(values):
+        array = Array(np.asarray(values))
+        return RecordDict({records.INTEGER_SUM: ArrayRecord({records.SUM: array})})
+
+    np.testing.assert_array_equal(made.vector(answer([100, -100])), [100, -100])
+    for wrong in (answer([101, 0]), answer([-101]), answer([[1]]), answer([0.5]), RecordDict()):
+        with pytest.raises(NodeError) as refused:
+            made.vector(wrong)
+        assert refused.value.code is NodeErrorCode.MALFORMED_REPLY
+
+
+@pytest.mark.parametrize(
+    ("examples", "weight"), [(25, 0.25), (1e9, 1.0), (0, 0.0), (-5, 0.0), (None, 0.0)]
+)
+def test_a_node_weighs_as_num_examples_weighting_does(examples, weight):
+    made = contribution(task())
+    metrics = {} if examples is None else {"num-examples": examples}
+    answer = RecordDict(
+        {
+            "arrays": ArrayRecord({"w": Array(np.full(4, 0.1, np.float32))}),
+            "metrics": MetricRecord(metrics),
+        }
+    )
+    expected = BoundedSum(GRID, clip_norm=1.0).contribution(
+        [np.full(4, 0.1, np.float32)], weight=weight
+    )
+    np.testing.assert_array_equal(made.vector(answer), expected)
+
+
+# Node config.
+
+
+def test_rules_are_read_from_the_nodes_config(tmp_path):
+    assert rules_from_node_config({}).min_cohort == 3
+    key = Ed25519PrivateKey.generate()
+    identity, roster = tmp_path / "id", tmp_path / "roster"
+    identity.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    roster.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    rules = rules_from_node_config(
+        {
+            "secagg-min-cohort": 5,
+            "secagg-colluders": 2,
+            "secagg-identity": str(identity),
+            "secagg-roster": str(roster),
+        }
+    )
+    assert (rules.min_cohort, rules.colluders) == (5, 2)
+    assert rules.identity.public in rules.roster.members
+    for wrong in (
+        {"secagg-min-cohort": "5"},
+        {"secagg-min-cohort": True},
+        {"secagg-min-cohort": 1},
+        {"secagg-roster": ""},
+        {"secagg-roster": str(roster)},
+    ):
+        with pytest.raises(ValueError):
+            rules_from_node_config(wrong)
+
+
+def test_a_node_whose_config_is_wrong_takes_no_part():
+    nodes = Nodes(secagg_min_cohort="many")
+    exchange = SecAggPlus().begin(
+        SumRequest(session=Session(5, 1), nodes=NODES, width=4, bits=32, seconds=60.0)
+    )
+    content = nodes.content(exchange, exchange.requests[1])
+    assert nodes.code(1, content) is NodeErrorCode.CLIENT_FAILED
+
+
+def test_nodes_with_rosters_in_files(tmp_path):
+    keys = {n: Ed25519PrivateKey.generate() for n in NODES}
+    roster = tmp_path / "roster"
+    roster.write_bytes(
+        b"\n".join(
+            k.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+            for k in keys.values()
+        )
+    )
+    nodes = Nodes(secagg_roster=str(roster))
+    for n, key in keys.items():
+        path = tmp_path / f"id{n}"
+        path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        nodes.contexts[n].node_config["secagg-identity"] = str(path)
+    assert nodes.go(rosters=True).survivors == NODES

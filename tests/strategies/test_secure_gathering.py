@@ -1,0 +1,347 @@
+"""Strategies with secure aggregation: the same run, with less for the server to see."""
+
+import logging
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from dpfl_flower import records
+from dpfl_flower.accounting import (
+    EveryoneSampling,
+    FixedSizeSampling,
+    PoissonSampling,
+    PrivacyBudget,
+)
+from dpfl_flower.client import secure_aggregation_mod
+from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
+from dpfl_flower.secagg import SecAggPlus
+from dpfl_flower.simulation import Fault, InProcessGrid
+from dpfl_strategies import AllClientsFailed, DPFedAvg, NumExamplesWeighting, Weighting
+
+NODES = 6
+
+
+def train(message, context):
+    """Move the weights by something of the node's own; count and metrics go along."""
+    index = context.node_config["partition-id"]
+    rng = np.random.default_rng(index)
+    arrays = {}
+    for name, array in message.content["arrays"].items():
+        step = 0.1 * (index + 1) * rng.normal(size=array.shape)
+        arrays[name] = Array(np.asarray(array.numpy() + step, dtype=array.dtype))
+    metrics = MetricRecord({"num-examples": 10 * (index + 1), "loss": 1.0})
+    return Message(
+        RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message
+    )
+
+
+def app(*, secure, function=train):
+    made = ClientApp()
+    made.train(mods=[secure_aggregation_mod] if secure else None)(function)
+    return made
+
+
+def sums(message, context):
+    """Answer an integer sum, as a node of many units does."""
+    width = message.content["cohort"]["dimension"]
+    vector = np.arange(width, dtype=np.int64) * (context.node_config["partition-id"] + 1)
+    return Message(
+        RecordDict({records.INTEGER_SUM: ArrayRecord({records.SUM: Array(vector)})}),
+        reply_to=message,
+    )
+
+
+def model():
+    return ArrayRecord(
+        {
+            "w": Array(np.zeros((3, 4), np.float32)),
+            "steps": Array(np.array(3, np.int64)),
+            "b": Array(np.zeros(3)),
+        }
+    )
+
+
+def strategy(**changes):
+    arguments = {
+        "noise_multiplier": 0.5,
+        "relation": "zero-out",
+        "sampling": EveryoneSampling(NODES),
+        "clipping": FixedClipping(0.5),
+        "wait_seconds": 0.0,
+    } | changes
+    return DPFedAvg(**arguments)
+
+
+def run(made, *, secure, rounds=3, function=train, fault=None, nodes=NODES):
+    with InProcessGrid(
+        app(secure=secure, function=function), num_supernodes=nodes, fault=fault
+    ) as grid:
+        return made.start(grid, model(), num_rounds=rounds)
+
+
+def same(first, second):
+    for name, array in first.items():
+        np.testing.assert_array_equal(array.numpy(), second[name].numpy())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sampling": PoissonSampling(5, NODES)},
+        {"sampling": FixedSizeSampling(5, NODES), "relation": "replace-one"},
+        {"clipping": AdaptiveClipping(initial=0.5)},
+        {"weighting": NumExamplesWeighting(w_max=40, mean_weight=0.6)},
+        {"rounding": "dithered"},
+        {"noise_multiplier": 0.0},
+    ],
+)
+@pytest.mark.parametrize("neighbours", [None, 4])
+def test_a_run_is_the_same_to_the_last_bit_with_and_without(changes, neighbours):
+    plain = run(strategy(noise_seed=4, **changes), secure=False)
+    secure = SecAggPlus(neighbours=neighbours)
+    masked = run(strategy(noise_seed=4, secure_aggregation=secure, **changes), secure=True)
+    same(plain.arrays, masked.arrays)
+    assert np.any(masked.arrays["w"].numpy())
+    other = run(strategy(noise_seed=5, secure_aggregation=secure, **changes), secure=True)
+    assert changes.get("noise_multiplier") == 0 or np.any(
+        other.arrays["w"].numpy() != masked.arrays["w"].numpy()
+    )
+
+
+def test_nodes_of_many_units_answer_the_same_sum():
+    changes = {"num_nodes": NODES, "sampling": PoissonSampling(50, 1000), "noise_seed": 4}
+    changes |= {"unit": "user", "relation": "add-or-remove-one"}
+    plain = run(strategy(**changes), secure=False, function=sums)
+    masked = run(strategy(secure_aggregation=SecAggPlus(), **changes), secure=True, function=sums)
+    same(plain.arrays, masked.arrays)
+
+
+def dropping(*, stage, count=1, rounds=(1,)):
+    """Return a fault: the first nodes are silent from a stage on, in some rounds."""
+    order = ["advertise", "share", "mask", "unmask"]
+
+    def fault(message):
+        server_round, _, found = message.metadata.group_id.partition("/")
+        gone = message.metadata.dst_node_id < 1000 + count
+        late = found in order and order.index(found) >= order.index(stage)
+        return Fault.SILENT if gone and late and int(server_round) in rounds else None
+
+    return fault
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "mask", "unmask"])
+def test_a_node_that_drops_out_is_missing_from_the_sum_from_its_vector_on(stage):
+    gone = lambda m: Fault.SILENT if m.metadata.dst_node_id == 1000 else None  # noqa: E731
+    secure = SecAggPlus()
+    masked = run(
+        strategy(noise_seed=4, secure_aggregation=secure),
+        secure=True,
+        rounds=1,
+        fault=dropping(stage=stage),
+    )
+    fault = None if stage == "unmask" else gone
+    same(run(strategy(noise_seed=4), secure=False, rounds=1, fault=fault).arrays, masked.arrays)
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "mask", "unmask"])
+def test_a_round_with_too_few_is_abandoned_uncharged_and_the_next_goes_on(stage, tmp_path):
+    made = strategy(secure_aggregation=SecAggPlus(min_cohort=4), checkpoint_dir=tmp_path)
+    seen = {}
+    with InProcessGrid(
+        app(secure=True), num_supernodes=NODES, fault=dropping(stage=stage, count=3, rounds=(2,))
+    ) as grid:
+        result = made.start(
+            grid, model(), num_rounds=3, evaluate_fn=lambda r, a: seen.update({r: a}) or None
+        )
+    same(seen[1], seen[2])
+    assert np.any(seen[3]["w"].numpy() != seen[2]["w"].numpy())
+    assert result.privacy.releases == 2
+    assert result.rounds == 3
+
+
+def test_abandoned_rounds_in_a_row_end_the_run():
+    made = strategy(secure_aggregation=SecAggPlus(), give_up_after=2)
+    with pytest.raises(AllClientsFailed, match="in 2 rounds in a row"):
+        run(made, secure=True, rounds=9, fault=dropping(stage="mask", count=4, rounds=range(9)))
+    scattered = dropping(stage="mask", count=4, rounds=(1, 3, 5))
+    assert run(made, secure=True, rounds=5, fault=scattered).privacy.releases == 2
+
+
+def test_a_cohort_that_is_drawn_too_small_is_abandoned_before_anyone_is_asked():
+    made = strategy(
+        secure_aggregation=SecAggPlus(), sampling=PoissonSampling(1e-9, NODES), give_up_after=3
+    )
+    asked = []
+    with pytest.raises(AllClientsFailed):
+        run(made, secure=True, rounds=9, fault=asked.append)
+    assert asked == []
+
+
+def test_nodes_that_do_not_run_the_protocol_are_never_asked_for_more(caplog):
+    seen = []
+
+    def fault(message):
+        seen.append(set(message.content))
+
+    with pytest.raises(AllClientsFailed):
+        run(strategy(secure_aggregation=SecAggPlus()), secure=False, fault=fault)
+    assert seen == [{records.SECAGG}] * 18
+
+
+def test_the_model_goes_to_the_nodes_once_and_nothing_but_the_vector_comes_back():
+    stages = []
+
+    def fault(message):
+        stages.append((message.metadata.group_id, records.ARRAYS in message.content))
+
+    made = strategy(secure_aggregation=SecAggPlus(), metrics="not_private", fraction_evaluate=0.1)
+    result = run(made, secure=True, rounds=1, fault=fault)
+    trained = [item for item in stages if "/" in item[0]]
+    assert len(trained) == 4 * NODES
+    assert {group for group, carried in trained if carried} == {"1/mask"}
+    assert result.train_metrics_clientapp == {}
+
+
+def test_late_and_foreign_replies_are_ignored():
+    made = strategy(noise_seed=4, secure_aggregation=SecAggPlus())
+    with InProcessGrid(app(secure=True), num_supernodes=NODES) as grid:
+        arrays = made.prepare(model(), 1)
+        messages = made.configure_train(1, arrays, records_config(), grid)
+        earlier = []
+        while messages is not None:
+            replies = list(grid.send_and_receive(messages))
+            messages = made.continue_train(1, [*earlier, *replies, *replies])
+            earlier += replies
+        released, _ = made.aggregate_train(1, earlier)
+        made.close()
+    same(run(strategy(noise_seed=4), secure=False, rounds=1).arrays, released)
+
+
+def records_config():
+    from flwr.app import ConfigRecord
+
+    return ConfigRecord({})
+
+
+def test_a_loop_of_ones_own_has_to_go_through_all_stages():
+    made = strategy(secure_aggregation=SecAggPlus())
+    with InProcessGrid(app(secure=True), num_supernodes=NODES) as grid:
+        arrays = made.prepare(model(), 1)
+        replies = grid.send_and_receive(made.configure_train(1, arrays, records_config(), grid))
+        with pytest.raises(RuntimeError, match="waits for further messages"):
+            made.aggregate_train(1, replies)
+        made.close()
+
+
+# Configuration.
+
+
+class HalfWeighting(Weighting):
+    mean_weight = 0.5
+
+    def weigh(self, num_examples):
+        return 0.5
+
+
+class OwnWeigh(DPFedAvg):
+    def weigh(self, num_examples):
+        return 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"relation": "add-or-remove-one"}, "must be 'zero-out' or 'replace-one'"),
+        ({"relation": None}, "must be 'zero-out' or 'replace-one'"),
+        (
+            {
+                "budget": PrivacyBudget(epsilon=8.0, delta=1e-5, unit="node"),
+                "noise_multiplier": None,
+                "relation": None,
+            },
+            "must be 'zero-out' or 'replace-one'",
+        ),
+        ({"weighting": HalfWeighting()}, "nodes weigh themselves"),
+        ({"secure_aggregation": SecAggPlus(max_cohort=2**37)}, "max_cohort=137438953472 is too"),
+        ({"secure_aggregation": SecAggPlus(min_cohort=7)}, "min_cohort=7"),
+        ({"secure_aggregation": SecAggPlus(colluders=5)}, "colluders=5"),
+    ],
+)
+def test_what_could_not_hold_is_refused_at_configuration(changes, match):
+    with pytest.raises(ValueError, match=match):
+        strategy(**{"secure_aggregation": SecAggPlus()} | changes)
+
+
+def test_a_weigh_of_ones_own_is_refused_and_not_ignored():
+    arguments = {
+        "noise_multiplier": 1.0,
+        "relation": "zero-out",
+        "sampling": EveryoneSampling(NODES),
+        "clipping": FixedClipping(1.0),
+    }
+    OwnWeigh(**arguments)
+    with pytest.raises(ValueError, match=r"weigh\(\) that of DPFedAvg"):
+        OwnWeigh(secure_aggregation=SecAggPlus(), **arguments)
+
+
+def test_more_nodes_than_the_modulus_has_room_for_are_refused_before_anyone_is_asked():
+    asked = []
+    made = strategy(secure_aggregation=SecAggPlus())
+    with pytest.raises(ValueError, match="max_cohort=6 must be >= 7"):
+        run(made, secure=True, nodes=NODES + 1, fault=asked.append)
+    assert asked == []
+    roomy = strategy(secure_aggregation=SecAggPlus(max_cohort=7))
+    assert run(roomy, secure=True, nodes=NODES + 1).privacy.releases == 3
+
+
+def test_the_modulus_has_room_for_the_largest_cohort_and_no_byte_more():
+    widths = {}
+
+    def fault(message):
+        record = message.content.config_records[records.SECAGG]
+        if "bits" in record:
+            widths[cohort] = record["bits"]
+
+    for cohort in (NODES, 2**20):
+        made = strategy(secure_aggregation=SecAggPlus(max_cohort=cohort), noise_multiplier=1.0)
+        run(made, secure=True, rounds=1, fault=fault)
+    # 2^14 units of noise, z = 1: entries of at most 2^14 units.
+    assert widths == {NODES: 24, 2**20: 40}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"threshold": 0.5}, "threshold=0.5 must be > 0.5"),
+        ({"threshold": 1.5}, "threshold=1.5"),
+        ({"neighbours": 5}, "neighbours=5 must be even"),
+        ({"neighbours": 4, "colluders": 4}, "colluders=4 must be < neighbours=4"),
+        ({"min_cohort": 1}, "min_cohort=1 must be >= 2"),
+        ({"max_cohort": 2}, "max_cohort=2 must be >= min_cohort=3"),
+        ({"colluders": -1}, "colluders=-1"),
+    ],
+)
+def test_settings_that_make_no_sense(changes, match):
+    with pytest.raises(ValueError, match=match):
+        SecAggPlus(**changes)
+
+
+def test_a_checkpoint_of_one_trust_is_not_gone_on_with_under_another(tmp_path):
+    from dpfl_strategies import CheckpointError
+
+    run(strategy(checkpoint_dir=tmp_path), secure=False, rounds=1)
+    with pytest.raises(CheckpointError, match="nodes="):
+        run(
+            strategy(checkpoint_dir=tmp_path, secure_aggregation=SecAggPlus()),
+            secure=True,
+            rounds=2,
+        )
+
+
+def test_the_log_names_the_trust(caplog):
+    caplog.set_level(logging.INFO)
+    run(strategy(secure_aggregation=SecAggPlus()), secure=True, rounds=1)
+    assert any("Trust: secure" in logged.getMessage() for logged in caplog.records)
