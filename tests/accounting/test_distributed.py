@@ -122,6 +122,14 @@ def test_the_curve_bounds_the_divergence_and_hardly_more(kind, squared, shares, 
         assert stated * (0.8 if squared * shares >= 12 else 0.3) < true
 
 
+def test_both_terms_of_the_skellam_curve_are_those_of_the_paper():
+    # a D2^2 / (2 mu) + min(((2a - 1) D2^2 + 6 D1) / (4 mu^2), 3 D1 / (2 mu)), by hand.
+    first = 4 * 9 / 200 + (7 * 9 + 6 * 7) / 40_000
+    assert distributed.skellam_rdp(4, 100, l2=3, l1=7) == pytest.approx(first, rel=1e-12)
+    second = 4 * 9 / 2 + 3 * 3 / 2
+    assert distributed.skellam_rdp(4, 1, l2=3, l1=3) == pytest.approx(second, rel=1e-12)
+
+
 @pytest.mark.parametrize("least", range(3))
 def test_each_of_the_three_bounds_on_the_discrete_gaussian_is_the_least_somewhere(least):
     # (order, squared scale, shares, l2, l1, dimension); the third is only ever as good as the

@@ -21,6 +21,7 @@ from dpfl_flower.client import (
     SharePolicy,
     noise_share_mod,
 )
+from dpfl_flower.client.contribution import NoisedSum, contribution_for
 from dpfl_flower.client.distributed_request import DistributedRequest, request_awaiting_share
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.distributed import DistributedPlan, design
@@ -388,6 +389,27 @@ def test_a_refused_policy_is_found_out_before_anybody_trains():
     asking = user_cohort_app(never, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
     reply = asking(message("train", content(request(dimension=4))), context(secagg_colluders=2))
     assert reply.error.code == NodeErrorCode.POLICY_REFUSED
+
+
+@pytest.mark.parametrize("bad", [[-1, 0, 0, 0], [2**32, 0, 0, 0], [0, 0, 0], [0.0] * 4])
+def test_what_is_not_reduced_modulo_the_plans_bits_is_never_masked(bad):
+    # An app that answers its plain sum, because no mod added a share to it, has negative entries.
+    summed = NoisedSum(request(dimension=4), RecordDict())
+    answered = RecordDict({records.INTEGER_SUM: ArrayRecord({records.SUM: Array(np.array(bad))})})
+    with pytest.raises(NodeError) as refused:
+        summed.vector(answered)
+    assert refused.value.code == NodeErrorCode.MALFORMED_REPLY
+    fine = RecordDict(
+        {records.INTEGER_SUM: ArrayRecord({records.SUM: Array(np.array([1, 2, 3, 2**32 - 1]))})}
+    )
+    assert summed.vector(fine).tolist() == [1, 2, 3, 2**32 - 1]
+
+
+@pytest.mark.parametrize(("width", "bits"), [(8, 32), (4, 31)])
+def test_masks_of_another_length_or_modulus_than_the_plans_are_refused(width, bits):
+    with pytest.raises(NodeError) as refused:
+        contribution_for(content(request(dimension=4)), {}, width=width, bits=bits)
+    assert refused.value.code == NodeErrorCode.MALFORMED_REQUEST
 
 
 def test_messages_of_other_kinds_pass():
