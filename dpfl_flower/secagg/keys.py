@@ -34,29 +34,32 @@ class KeyPair:
 
     private: bytes = field(repr=False)
     public: bytes = field(init=False)
+    _key: X25519PrivateKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        public = X25519PrivateKey.from_private_bytes(self.private).public_key()
-        object.__setattr__(self, "public", public.public_bytes_raw())
+        key = X25519PrivateKey.from_private_bytes(self.private)
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "public", key.public_key().public_bytes_raw())
 
     @classmethod
     def generate(cls, rng: RandomSource) -> Self:
         """Return a fresh pair."""
         return cls(rng.random_bytes(32))
 
-    def agree(self, public: bytes, label: bytes) -> bytes:
-        """Return the 256-bit key that both ends derive under ``label``.
+    def agree(self, public: bytes, *labels: bytes) -> tuple[bytes, ...]:
+        """Return the 256-bit keys that both ends derive, one for each label.
 
         Raises
         ------
         ValueError
             If ``public`` is no key, or one of the few that every private key agrees with on zero.
         """
-        secret = X25519PrivateKey.from_private_bytes(self.private).exchange(
-            X25519PublicKey.from_public_bytes(public)
+        secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
+        ends = b"".join(sorted((self.public, public)))
+        return tuple(
+            HKDF(SHA256(), length=32, salt=None, info=label + ends).derive(secret)
+            for label in labels
         )
-        low, high = sorted((self.public, public))
-        return HKDF(SHA256(), length=32, salt=None, info=label + low + high).derive(secret)
 
 
 def is_usable(public: bytes) -> bool:

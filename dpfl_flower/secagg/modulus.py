@@ -114,21 +114,29 @@ class Modulus:
 
     def pack(self, words: Words) -> NDArray[np.uint8]:
         """Return the residues in as few whole bytes an entry as hold them; see `packed_bytes`."""
-        size, entry = words.size, self.entry_bytes
-        packed = np.zeros(self.packed_bytes(size), np.uint8)
-        rows = packed[: size * entry].reshape(size, entry)
-        if entry == 3:  # four words make three: copying single bytes takes five times as long
-            four = size // 4 * 4
-            a, b, c, d = (words[:four].reshape(-1, 4) & np.uint32((1 << 24) - 1)).T
-            three = np.empty((four // 4, 3), "<u4")
-            three[:, 0] = a | b << 24
-            three[:, 1] = b >> 8 | c << 16
-            three[:, 2] = c >> 16 | d << 8
-            rows[:four] = three.view(np.uint8).reshape(four, 3)
-            words, rows = words[four:], rows[four:]
-        rows[:] = words.view(np.uint8).reshape(-1, self.word_bits // 8)[:, :entry]
+        size, entry, word = words.size, self.entry_bytes, self.word_bits // 8
+        if entry == word:
+            packed = words.view(np.uint8).copy()
+        else:
+            # Whole words, one every entry_bytes, each over the end of the one before: first every
+            # other one, then those between, whose ends then cover beginnings, which are mended.
+            packed = np.zeros(self.packed_bytes(size), np.uint8)
+            for first in (0, 1):
+                count = (size + 1 - first) // 2
+                if count:
+                    np.ndarray(
+                        (count,),
+                        self.word_type,
+                        buffer=packed.data,
+                        offset=first * entry,
+                        strides=(2 * entry,),
+                    )[:] = words[first::2]
+            bytes_ = words.view(np.uint8)
+            for byte in range(min(entry, word - entry)):
+                packed[byte : size * entry : 2 * entry] = bytes_[byte :: 2 * word]
+            packed[size * entry :] = 0
         if self.bits % 8:
-            packed[: size * entry].reshape(size, entry)[:, -1] &= (1 << self.bits % 8) - 1
+            packed[entry - 1 : size * entry : entry] &= (1 << self.bits % 8) - 1
         return packed
 
     def add_packed(self, total: Words, packed: NDArray[np.uint8]) -> None:

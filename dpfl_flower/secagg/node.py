@@ -20,7 +20,7 @@ from dpfl_flower.rng import RandomSource, secure
 from dpfl_flower.secagg import shamir
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.keys import KeyPair, commitment
-from dpfl_flower.secagg.masks import apply_mask
+from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import (
     Acknowledged,
     AcknowledgeRequest,
@@ -49,7 +49,7 @@ from dpfl_flower.secagg.node_checks import (
     survivors_statement,
     those,
 )
-from dpfl_flower.secagg.node_state import HeldShares, NodeRules, NodeState, Party
+from dpfl_flower.secagg.node_state import HeldShares, NodeRules, NodeState, OpeningKey, Party
 from dpfl_flower.secagg.sealing import seal, unseal
 
 __all__ = [
@@ -146,14 +146,22 @@ def share_keys(
     seed = rng.random_bytes(shamir.SECRET_BYTES)
     seed_shares = shamir.split(seed, threshold=threshold, count=count, rng=rng)
     key_shares = shamir.split(state.mask_private, threshold=threshold, count=count, rng=rng)
-    sealed = []
+    sealed, opening = [], []
     for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=True):
         label = state.session.label("seal", state.node_id, peer.node_id)
-        key = _agree(sealing, peer.seal_key, label)
+        back = state.session.label("seal", peer.node_id, state.node_id)
+        key, key_back = _agree(sealing, peer.seal_key, label, back)
         plain = seed_share + key_share
         sealed.append(Sealed(node_id=peer.node_id, sealed=seal(key, plain, label, rng)))
+        opening.append(OpeningKey(node_id=peer.node_id, key=key_back))
     shared = dataclasses.replace(
-        state, seed=seed, threshold=threshold, peers=peers, members=members
+        state,
+        seed=seed,
+        threshold=threshold,
+        peers=peers,
+        members=members,
+        opening=tuple(opening),
+        seal_private=b"",
     )
     seal_of_seed = commitment(seed, state.session.label("commit", state.node_id))
     return shared, SharedKeys(commitment=seal_of_seed, sealed=tuple(sealed))
@@ -169,16 +177,14 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
     Refused
         MALFORMED, TOO_FEW_NODES.
     """
-    peers = {peer.node_id: peer for peer in state.peers}
-    sealing = KeyPair(state.seal_private)
+    keys = {item.node_id: item.key for item in state.opening}
     held = []
     senders = tuple(sorted(item.node_id for item in request.sealed))
-    check_named(senders, peers)
+    check_named(senders, keys)
     for item in request.sealed:
         label = state.session.label("seal", item.node_id, state.node_id)
-        key = _agree(sealing, peers[item.node_id].seal_key, label)
         try:
-            plain = unseal(key, item.sealed, label)
+            plain = unseal(keys[item.node_id], item.sealed, label)
         except ValueError:
             continue
         if len(plain) == 2 * shamir.SHARE_BYTES:
@@ -192,7 +198,7 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
             f"{len(senders)} peers shared, threshold={state.threshold} must be there",
         )
     check_cohort(rules, those(senders, state.members))
-    return dataclasses.replace(state, sharers=senders, held=tuple(held), seal_private=b"")
+    return dataclasses.replace(state, sharers=senders, held=tuple(held), opening=())
 
 
 def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked]:
@@ -213,12 +219,13 @@ def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked
         raise ValueError(f"vector={vector.dtype}{list(vector.shape)} must be int64[{state.width}]")
     modulus = Modulus(state.bits)
     words = modulus.words(vector)
-    apply_mask(words, state.seed, modulus)
     masking = KeyPair(state.mask_private)
-    keys = {peer.node_id: peer.mask_key for peer in state.peers}
+    public = {peer.node_id: peer.mask_key for peer in state.peers}
+    add, subtract = [state.seed], list[bytes]()
     for peer in state.sharers:
-        key = _agree(masking, keys[peer], state.session.pair_label(state.node_id, peer))
-        apply_mask(words, key, modulus, subtract=state.node_id < peer)
+        label = state.session.pair_label(state.node_id, peer)
+        (subtract if state.node_id < peer else add).extend(_agree(masking, public[peer], label))
+    apply_masks(words, modulus, add=add, subtract=subtract)
     kept = dataclasses.replace(state, seed=b"", mask_private=b"", peers=_without_keys(state))
     return kept, Masked(vector=modulus.pack(words))
 
@@ -278,9 +285,9 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
     )
 
 
-def _agree(own: KeyPair, public: bytes, label: bytes) -> bytes:
+def _agree(own: KeyPair, public: bytes, *labels: bytes) -> tuple[bytes, ...]:
     try:
-        return own.agree(public, label)
+        return own.agree(public, *labels)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, "a peer's key is no usable X25519 key") from error
 

@@ -13,7 +13,7 @@ from dpfl_flower.secagg.messages import PeerKeys
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.session import Session
 
-__all__ = ["HeldShares", "NodeRules", "NodeState", "Party"]
+__all__ = ["HeldShares", "NodeRules", "NodeState", "OpeningKey", "Party"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,14 @@ class HeldShares:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpeningKey:
+    """Opens what one peer seals for this node."""
+
+    node_id: int
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodeState:
     """What a node keeps between two stages, and deletes with the round.
 
@@ -81,6 +89,8 @@ class NodeState:
         Its neighbours; ``sharers`` are those whose masks are in the masked vector.
     members : tuple of int
         The neighbours on the roster; all neighbours where there is none.
+    opening : tuple of OpeningKey
+        Until the peers' shares are opened.
     held : tuple of HeldShares
     survivors : tuple of int
         The peers it signed as survivors.
@@ -99,6 +109,7 @@ class NodeState:
     peers: tuple[PeerKeys, ...] = ()
     members: tuple[int, ...] = ()
     sharers: tuple[int, ...] = ()
+    opening: tuple[OpeningKey, ...] = ()
     held: tuple[HeldShares, ...] = ()
     survivors: tuple[int, ...] = ()
 

@@ -5,6 +5,7 @@ whose reply is missing, or no answer to what it was asked, has dropped out. What
 are, the outcome is the exact sum of the vectors of the nodes in `SecureSum.survivors`, or
 `RoundAbandoned`.
 
+>>> from dpfl_flower.secagg.session import Session
 >>> plan = RoundPlan(session=Session(1, 1), nodes=(1, 2, 3, 4), width=2, bits=32)
 >>> sorted(Advertising(plan).requests)
 [1, 2, 3, 4]
@@ -21,7 +22,7 @@ from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.graph import neighbour_graph
 from dpfl_flower.secagg.keys import is_usable
 from dpfl_flower.secagg.masked_sum import Graph, MaskedSum
-from dpfl_flower.secagg.masks import apply_mask
+from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import (
     Acknowledged,
     AcknowledgeRequest,
@@ -311,13 +312,16 @@ class Unmasking(ServerStage):
         pairs = {node: masked.key_pair(node, shares.get(node, {})) for node in masked.dropped}
         modulus = Modulus(plan.bits)
         total = masked.total.copy()
-        for key in own_keys.values():
-            apply_mask(total, key, modulus, subtract=True)
+        add: list[bytes] = []
+        subtract = list(own_keys.values())
         for node, pair in pairs.items():
             for peer in masked.surviving_peers(node):
-                key = pair.agree(masked.keys[peer].mask_key, plan.session.pair_label(node, peer))
+                label = plan.session.pair_label(node, peer)
                 # The survivor added it where its own id is the larger one.
-                apply_mask(total, key, modulus, subtract=peer > node)
+                (subtract if peer > node else add).extend(
+                    pair.agree(masked.keys[peer].mask_key, label)
+                )
+        apply_masks(total, modulus, add=add, subtract=subtract)
         signed = modulus.signed(total)
         if plan.largest is not None:
             # A node that masks with another key than it advertised leaves a mask in the sum.

@@ -21,7 +21,7 @@ from dpfl_flower.rng import SeededRandom, secure
 from dpfl_flower.secagg import Identity, Roster, Session, bits_without_wrap
 from dpfl_flower.secagg.graph import neighbour_graph
 from dpfl_flower.secagg.keys import KeyPair, commitment, is_usable
-from dpfl_flower.secagg.masks import apply_mask
+from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.sealing import OVERHEAD_BYTES, seal, unseal
 from dpfl_flower.secagg.shamir import PRIME, SHARE_BYTES, combine, split
@@ -47,14 +47,14 @@ def test_agreement_is_x25519_then_hkdf_over_label_and_both_keys():
     ours = KeyPair(SCALAR)
     info = b"label" + b"".join(sorted((ours.public, POINT)))
     extracted = hmac(bytes(32), AGREED)  # RFC 5869, section 2.2
-    assert ours.agree(POINT, b"label") == hmac(extracted, info + b"\x01")  # section 2.3
+    assert ours.agree(POINT, b"label") == (hmac(extracted, info + b"\x01"),)  # section 2.3
 
 
 def test_both_ends_agree_and_another_label_gives_another_key():
     ours, theirs = (KeyPair.generate(secure()) for _ in range(2))
-    key = ours.agree(theirs.public, b"a")
-    assert key == theirs.agree(ours.public, b"a")
-    assert len({key, ours.agree(theirs.public, b"b"), ours.agree(POINT, b"a")}) == 3
+    first, second = ours.agree(theirs.public, b"a", b"b")
+    assert (first, second) == theirs.agree(ours.public, b"a", b"b")
+    assert len({first, second, *ours.agree(POINT, b"a")}) == 3
 
 
 @pytest.mark.parametrize("point", [bytes(32), b"\x01" + bytes(31), bytes(31), b""])
@@ -91,7 +91,7 @@ def test_labels_tell_run_round_purpose_and_direction_apart():
 def test_a_mask_is_the_keystream_of_aes_256_in_counter_mode(bits):
     modulus, key, width = Modulus(bits), bytes(range(32)), 100_000
     words = modulus.zeros(width)
-    apply_mask(words, key, modulus)
+    apply_masks(words, modulus, add=[key])
     blocks = -(-words.nbytes // 16)
     counters = b"".join(i.to_bytes(16, "big") for i in range(blocks))
     stream = Cipher(algorithms.AES256(key), modes.ECB()).encryptor().update(counters)
@@ -100,7 +100,7 @@ def test_a_mask_is_the_keystream_of_aes_256_in_counter_mode(bits):
 
 def test_the_first_block_of_the_zero_key_is_nists():
     words = Modulus(32).zeros(4)
-    apply_mask(words, bytes(32), Modulus(32))
+    apply_masks(words, Modulus(32), add=[bytes(32)])
     assert words.tobytes() == ZERO_BLOCK
 
 
@@ -114,15 +114,15 @@ def test_masks_come_off_without_a_trace(bits, width, seed):
     words = modulus.words(vector)
     keys = [rng.random_bytes(32) for _ in range(3)]
     for key in keys:
-        apply_mask(words, key, modulus)
+        apply_masks(words, modulus, add=[key])
     for key in reversed(keys):
-        apply_mask(words, key, modulus, subtract=True)
+        apply_masks(words, modulus, subtract=[key])
     np.testing.assert_array_equal(modulus.signed(words), vector)
 
 
 def test_a_short_key_is_refused():
     with pytest.raises(ValueError, match="31 bytes must have 32"):
-        apply_mask(Modulus(32).zeros(1), bytes(31), Modulus(32))
+        apply_masks(Modulus(32).zeros(1), Modulus(32), add=[bytes(31)])
 
 
 # The modulus.
@@ -144,7 +144,7 @@ def test_packed_vectors_sum_as_integers_do_mod_2_to_the_b(bits, width, count, se
 
 
 @pytest.mark.parametrize("bits", [20, 24])
-def test_packing_by_fours_is_packing(bits):
+def test_packing_three_bytes_of_four_is_packing(bits):
     modulus = Modulus(bits)
     words = SeededRandom(1).uint64(1003).astype("<u4")
     packed = modulus.pack(words)

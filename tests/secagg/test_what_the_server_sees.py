@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dpfl_flower.secagg import node
-from dpfl_flower.secagg.masks import apply_mask
+from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.node_state import NodeRules
@@ -47,12 +47,13 @@ def masked_by_node_1(bits, *, plain, skip=()):
     keys = {"own": state.seed} | {
         peer.node_id: node.KeyPair(state.mask_private).agree(
             peer.mask_key, state.session.pair_label(1, peer.node_id)
-        )
+        )[0]
         for peer in state.peers
     }
     for name in skip:
         # Node 1 has the smallest id: it subtracted the masks of its peers.
-        apply_mask(words, keys[name], Modulus(bits), subtract=name == "own")
+        side = "subtract" if name == "own" else "add"
+        apply_masks(words, Modulus(bits), **{side: [keys[name]]})
     return Modulus(bits).pack(words)
 
 
