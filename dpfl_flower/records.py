@@ -16,12 +16,16 @@ SERVER_ROUND: Final = "server-round"
 COHORT: Final = "cohort"
 INTEGER_SUM: Final = "integer-sum"
 SUM: Final = "sum"
+# A node that adds a share of the noise: what it is asked in a ConfigRecord.
+DISTRIBUTED: Final = "distributed"
 
 # Keys of a node's own config (``flower-supernode --node-config``).
 LEDGER_PATH: Final = "ledger-path"
 MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"
 MAX_EPSILON: Final = "max-epsilon"
 MAX_DELTA: Final = "max-delta"
+MIN_SHARE_MULTIPLIER: Final = "min-share-multiplier"
+MAX_ROUNDS: Final = "max-rounds"
 
 # A key of a run's state at a node: the clip norm that released counts have led to.
 CLIP_NORM: Final = "dpfl-flower.clip-norm"

@@ -25,6 +25,8 @@ from dpfl_flower.accounting.errors import (
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
     Composed,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -46,6 +48,7 @@ from dpfl_flower.accounting.sampling import (
     PoissonSampling,
     Sampling,
 )
+from dpfl_flower.accounting.shuffling import shuffled_epsilon
 from dpfl_flower.accounting.statement import PrivacyStatement
 from dpfl_flower.accounting.units import PrivacyUnit, Relation, TrustModel
 
@@ -55,6 +58,8 @@ __all__ = [
     "CappedPoissonSampling",
     "Composed",
     "CustomSampling",
+    "DistributedDiscreteGaussian",
+    "DistributedSkellam",
     "Event",
     "EveryoneSampling",
     "FixedSizeSampled",
@@ -85,5 +90,6 @@ __all__ = [
     "event_from_json",
     "events_from_json",
     "events_to_json",
+    "shuffled_epsilon",
     "total_variation_delta",
 ]

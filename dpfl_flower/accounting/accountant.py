@@ -2,7 +2,8 @@
 
 Each composition is priced by the tightest method that is valid for it: exactly where all of it is
 Gaussian, by pessimistic privacy loss distributions where those exist, by Rényi curves for samples
-of a fixed size. What has no valid price raises; nothing is approximated from below.
+of a fixed size and for distributed noise. What has no valid price raises; nothing is approximated
+from below.
 
 >>> from dpfl_flower.accounting.events import Composed
 >>> rounds = [Composed(PoissonSampled(0.05, Gaussian(1.0)), 200)]
@@ -21,6 +22,8 @@ from dpfl_flower.accounting import pld, rdp
 from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_epsilon
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -28,7 +31,7 @@ from dpfl_flower.accounting.events import (
     PoissonSampled,
     count_events,
 )
-from dpfl_flower.accounting.units import Relation
+from dpfl_flower.accounting.units import PrivacyUnit, Relation
 from dpfl_flower.checks import non_negative, probability
 
 # Noise this small costs so much that sampling does not help: priced as if everyone took part.
@@ -142,9 +145,25 @@ def total_variation_delta(total_variation: float, draws: int, *, epsilon: float)
     return total * (1 + math.exp(epsilon)) if epsilon < 700 else math.inf
 
 
-def require_supported(event: Event, relation: Relation) -> None:
-    """Raise UnsupportedEvent unless ``event`` has a valid price under ``relation``."""
+def require_supported(
+    event: Event, relation: Relation, *, unit: PrivacyUnit | str | None = None
+) -> None:
+    """Raise UnsupportedEvent unless ``event`` has a valid price under ``relation``.
+
+    With a ``unit``, also where it makes the price invalid: a node that is removed takes its share
+    of a distributed noise along, which no event here covers; a node whose update becomes zeros, or
+    another one, still adds its share.
+    """
     for part in count_events([event]):
+        if (
+            unit == PrivacyUnit.NODE
+            and relation is Relation.ADD_OR_REMOVE_ONE
+            and isinstance(part, DistributedDiscreteGaussian | DistributedSkellam)
+        ):
+            raise UnsupportedEvent(
+                f"relation={str(relation)!r} must be 'zero-out' or 'replace-one' for unit='node' "
+                f"and {part!r}: a removed node takes its share of the noise along"
+            )
         if not (pld.supports(part, relation) or rdp.supports(part, relation)):
             raise UnsupportedEvent(_why_unsupported(part, relation))
 
@@ -225,7 +244,7 @@ class Price:
     @cached_property
     def _renyi(self) -> Mapping[Event, int]:
         """What only Rényi curves can price, with all that can join it."""
-        if not any(isinstance(event, FixedSizeSampled) for event in self.counts):
+        if not any(rdp.needed(event) for event in self.counts):
             return {}
         return {e: n for e, n in self.counts.items() if rdp.supports(e, self.relation)}
 
@@ -330,6 +349,8 @@ def _noise_multiplier(event: Event) -> float:
             return z
         case CappedPoissonSampled(noise_multiplier=z):
             return z
+        case DistributedDiscreteGaussian() | DistributedSkellam():
+            return event.noise_multiplier
         case PoissonSampled(event=inner) | FixedSizeSampled(event=inner):
             return _noise_multiplier(inner)
         case _:

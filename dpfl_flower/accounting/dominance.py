@@ -12,8 +12,9 @@ single releases priced in isolation decide.
 import math
 from collections.abc import Iterable, Sequence
 
+from dpfl_flower.accounting import rdp
 from dpfl_flower.accounting.accountant import Price
-from dpfl_flower.accounting.events import Event, FixedSizeSampled, Gaussian, count_events
+from dpfl_flower.accounting.events import Event, Gaussian, count_events
 from dpfl_flower.accounting.units import Relation
 
 # Where profiles are compared; between and beyond these points they are taken to keep their order.
@@ -47,8 +48,8 @@ def _dominates(
     event: Event, profile: Sequence[float], other: Event, other_profile: Sequence[float]
 ) -> bool:
     """Return whether ``event`` costs at least as much as ``other`` in any company."""
-    # Fixed-size samples are priced by Rényi curves, whose bounds do not rank against others.
-    if _is_fixed_size(event) != _is_fixed_size(other):
+    # What is priced by Rényi curves does not rank against other prices: they are only bounds.
+    if _is_by_curve(event) != _is_by_curve(other):
         return False
     mu, other_mu = _mu_squared(event), _mu_squared(other)
     if mu is not None and other_mu is not None:
@@ -68,5 +69,5 @@ def _mu_squared(event: Event) -> float | None:
     return total
 
 
-def _is_fixed_size(event: Event) -> bool:
-    return any(isinstance(part, FixedSizeSampled) for part in count_events([event]))
+def _is_by_curve(event: Event) -> bool:
+    return any(rdp.needed(part) for part in count_events([event]))

@@ -1,7 +1,7 @@
 """What was released, as plain data: an event says what happened, the accountant what it costs.
 
 Noise multipliers are relative to the sensitivity under add-or-remove-one, so that one event can be
-priced under any relation.
+priced under any relation. Distributed noise is in integer units of its own, sensitivity beside it.
 
 >>> event = Composed(PoissonSampled(0.1, Gaussian(3.0)), 512)
 >>> event_from_json(event.to_json()) == event
@@ -11,6 +11,7 @@ True
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,83 @@ class Laplace(Event):
     def to_json(self) -> dict[str, Any]:
         """Return the event as JSON-able data."""
         return {"kind": "laplace", "noise_multiplier": self.noise_multiplier}
+
+
+@dataclass(frozen=True)
+class _Distributed(Event, ABC):
+    """What the shares of several nodes and the units they protect have in common.
+
+    Attributes
+    ----------
+    squared_scale : int
+        Parameter of one share, in squared grid units: sigma^2 of the discrete Gaussian, the
+        variance of the Skellam.
+    shares : int
+        How many independent shares are certain to be in what is released: the fewest survivors
+        allowed, less the colluders who could subtract their own.
+    l2_sensitivity, l1_sensitivity : int
+        Bounds, in grid units, on what one unit adds to the sum, as checked on its integers.
+    dimension : int
+        Coordinates that every share has, padding included.
+    """
+
+    squared_scale: int
+    shares: int
+    l2_sensitivity: int
+    l1_sensitivity: int
+    dimension: int
+
+    def __post_init__(self) -> None:
+        for name in _DISTRIBUTED_FIELDS:
+            positive_int(**{name: getattr(self, name)})
+            object.__setattr__(self, name, int(getattr(self, name)))
+        if self.l1_sensitivity < self.l2_sensitivity:
+            raise ValueError(
+                f"l1_sensitivity={self.l1_sensitivity!r} must be >= l2_sensitivity = "
+                f"{self.l2_sensitivity!r}, as norms are"
+            )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the certain noise over the L2 sensitivity."""
+        return math.sqrt(self.shares * self.squared_scale) / self.l2_sensitivity
+
+    def _fields(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _DISTRIBUTED_FIELDS}
+
+
+_DISTRIBUTED_FIELDS = (
+    "squared_scale",
+    "shares",
+    "l2_sensitivity",
+    "l1_sensitivity",
+    "dimension",
+)
+
+
+@dataclass(frozen=True)
+class DistributedDiscreteGaussian(_Distributed):
+    """A sum of integers to which each of several nodes added discrete Gaussian noise.
+
+    With ``shares=1`` it is the central discrete Gaussian. Whoever picks the cohort learns the noisy
+    sum, so no sampling amplifies it: it has no sampled variant.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as JSON-able data."""
+        return {"kind": "distributed-discrete-gaussian", **self._fields()}
+
+
+@dataclass(frozen=True)
+class DistributedSkellam(_Distributed):
+    """A sum of integers to which each of several nodes added Skellam noise.
+
+    As `DistributedDiscreteGaussian`; a sum of Skellam draws is Skellam, with the summed variance.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as JSON-able data."""
+        return {"kind": "distributed-skellam", **self._fields()}
 
 
 def _check_inner(event: Event, *allowed: type[Event]) -> None:
@@ -167,6 +245,8 @@ _KINDS: dict[str, type[Event]] = {
     "capped-poisson-sampled": CappedPoissonSampled,
     "fixed-size-sampled": FixedSizeSampled,
     "composed": Composed,
+    "distributed-discrete-gaussian": DistributedDiscreteGaussian,
+    "distributed-skellam": DistributedSkellam,
 }
 
 

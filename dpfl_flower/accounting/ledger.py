@@ -210,7 +210,7 @@ class Ledger:
         Raises
         ------
         UnsupportedEvent
-            If the event has no valid price under the ledger's relation.
+            If the event has no valid price under the ledger's relation, for its unit.
         LedgerError
             If the run has another plan.
         """
@@ -218,7 +218,7 @@ class Ledger:
         with self._lock:
             existing = self._charges.plans.get(run)
             if existing is None:
-                require_supported(event, self.relation)
+                require_supported(event, self.relation, unit=self.unit)
                 self._append(plan.to_json())
             elif existing != plan:
                 raise LedgerError(f"{self._name}: run {run!r} is planned as {existing}, not {plan}")

@@ -21,6 +21,8 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dpfl_flower.accounting import poisson
 from dpfl_flower.accounting.events import (
     CappedPoissonSampled,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -145,6 +147,8 @@ def approximate_mu(counts: Mapping[Event, int], relation: Relation) -> float:
         match event:
             case Gaussian(noise_multiplier=z) | Laplace(noise_multiplier=z):
                 return (factor / z) ** 2
+            case DistributedDiscreteGaussian() | DistributedSkellam():
+                return (factor / event.noise_multiplier) ** 2
             case PoissonSampled(rate=rate, event=inner):
                 plain = mu_squared(inner)
                 return min(plain, rate**2 * math.expm1(min(plain, 700.0)))

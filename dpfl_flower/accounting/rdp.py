@@ -1,4 +1,4 @@
-"""Rényi accounting: for fixed-size samples, and for a delta too small for FFTs.
+"""Rényi accounting: for fixed-size samples, distributed noise, and a delta too small for FFTs.
 
 dp-accounting 0.6 forgets that a sum moves by twice the clip norm when a unit is *replaced* (for
 Gaussian, fixed-size sampled and Laplace events alike), so noise multipliers are halved here before
@@ -19,7 +19,10 @@ from dp_accounting import rdp
 from dp_accounting.rdp import rdp_privacy_accountant
 from numpy.typing import NDArray
 
+from dpfl_flower.accounting import distributed
 from dpfl_flower.accounting.events import (
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -34,7 +37,7 @@ _ROUNDING = 1e-13
 def supports(event: Event, relation: Relation) -> bool:
     """Return whether ``event`` has a valid Rényi curve under ``relation``."""
     match event:
-        case Gaussian() | Laplace():
+        case Gaussian() | Laplace() | DistributedDiscreteGaussian() | DistributedSkellam():
             return True
         case PoissonSampled(event=Gaussian()):
             return relation is not Relation.REPLACE_ONE
@@ -42,6 +45,11 @@ def supports(event: Event, relation: Relation) -> bool:
             return relation is Relation.REPLACE_ONE
         case _:
             return False
+
+
+def needed(event: Event) -> bool:
+    """Return whether nothing but a Rényi curve prices ``event``."""
+    return isinstance(event, FixedSizeSampled | DistributedDiscreteGaussian | DistributedSkellam)
 
 
 def _translate(event: Event, sensitivity: int) -> dp_accounting.DpEvent:
@@ -92,10 +100,37 @@ def compose(counts: Mapping[Event, int], relation: Relation) -> Curve:
 def _divergences(event: Event, relation: Relation) -> NDArray[np.float64]:
     """Return the divergences of one release at dp-accounting's default orders."""
     replace = relation is Relation.REPLACE_ONE
+    moved = 2 if replace else 1
+    orders = rdp_privacy_accountant.DEFAULT_RDP_ORDERS
+    match event:
+        case DistributedDiscreteGaussian():
+            return np.array([_of_discrete_gaussian(event, order, moved) for order in orders])
+        case DistributedSkellam():
+            return np.array([_of_skellam(event, order, moved) for order in orders])
     neighbours = dp_accounting.NeighboringRelation
     accountant = rdp.RdpAccountant(
         neighboring_relation=neighbours.REPLACE_ONE if replace else neighbours.ADD_OR_REMOVE_ONE
     )
     with np.errstate(all="ignore"):  # orders that overflow are infinite, and not the best ones
-        accountant.compose(_translate(event, 2 if replace else 1))
+        accountant.compose(_translate(event, moved))
     return np.asarray(accountant.rdp, dtype=np.float64)
+
+
+def _of_discrete_gaussian(event: DistributedDiscreteGaussian, order: float, moved: int) -> float:
+    return distributed.discrete_gaussian_rdp(
+        order,
+        event.squared_scale,
+        shares=event.shares,
+        l2=moved * event.l2_sensitivity,
+        l1=moved * event.l1_sensitivity,
+        dimension=event.dimension,
+    )
+
+
+def _of_skellam(event: DistributedSkellam, order: float, moved: int) -> float:
+    return distributed.skellam_rdp(
+        order,
+        float(event.shares * event.squared_scale),
+        l2=moved * event.l2_sensitivity,
+        l1=moved * event.l1_sensitivity,
+    )

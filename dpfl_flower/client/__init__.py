@@ -10,7 +10,9 @@ from dpfl_flower.client.errors import (
     guard_mod,
     guarded,
 )
+from dpfl_flower.client.local_noise import LocalLaw, LocalNoise, local_noise_mod
 from dpfl_flower.client.node_ledger import NodeLedger
+from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
@@ -23,14 +25,20 @@ __all__ = [
     "DPSGDClient",
     "DPSGDConfig",
     "GradientEngine",
+    "LocalLaw",
+    "LocalNoise",
     "ModelRefused",
     "NodeError",
     "NodeErrorCode",
     "NodeLedger",
     "NodePolicy",
+    "NoiseShare",
     "OptimizerFactory",
+    "SharePolicy",
     "guard_mod",
     "guarded",
+    "local_noise_mod",
+    "noise_share_mod",
     "numpy_client_app",
     "secure_aggregation_mod",
 ]

@@ -1,8 +1,8 @@
 """What a node puts into a secure sum: one integer vector, made of what its app answers.
 
 The server says in a record which kind it wants; the node makes it, holds it to the bound itself,
-and nothing of the answer but that vector, masked, leaves it. An encoder that adds a share of the
-noise is another kind.
+and nothing of the answer but that vector, masked, leaves it. A sum that carries a share
+of the noise already is another kind.
 
 >>> grid = IntegerGrid.for_noise_multiplier(1.0, 2)
 >>> request = UpdateRequest(grid=grid, clip_norm=1.0, largest=1 << 14, parties=100)
@@ -20,6 +20,7 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import (
     GRID_FIELDS,
@@ -38,6 +39,7 @@ __all__ = [
     "BoundedUpdate",
     "Contribution",
     "IntegerSum",
+    "NoisedSum",
     "SumBound",
     "UpdateRequest",
     "contribution_for",
@@ -247,6 +249,43 @@ class IntegerSum(Contribution):
         return total.astype(np.int64)
 
 
+@final
+class NoisedSum(Contribution):
+    """The app answers a sum to which `noise_share_mod` has added this node's share, mod 2^bits.
+
+    Parameters
+    ----------
+    request : DistributedRequest
+    task : RecordDict
+        With the request, which the mod reads itself.
+    """
+
+    def __init__(self, request: DistributedRequest, task: RecordDict) -> None:
+        self._grid = request.grid
+        self._task = task
+
+    @property
+    def task(self) -> RecordDict:
+        """The model, the request and the app's config."""
+        return self._task
+
+    def vector(self, answer: RecordDict) -> NDArray[np.int64]:
+        """Return the residues."""
+        try:
+            residues = read_array(answer.array_records[records.INTEGER_SUM][records.SUM])
+        except (KeyError, TypeError, ValueError) as error:
+            raise NodeError(NodeErrorCode.MALFORMED_REPLY, "the app answers no sum") from error
+        if residues.dtype != np.int64 or residues.shape != (self._grid.padded,):
+            raise NodeError(NodeErrorCode.MALFORMED_REPLY, "the app's sum does not fit the plan")
+        if not (residues.min() >= 0 and residues.max() < 1 << self._grid.bits):
+            raise NodeError(
+                NodeErrorCode.MALFORMED_REPLY,
+                "the app's sum is not reduced modulo the plan's: noise_share_mod stands between "
+                "secure aggregation and the app",
+            )
+        return residues.astype(np.int64)
+
+
 def contribution_for(
     content: RecordDict, node_config: Mapping[str, object], *, width: int, bits: int
 ) -> Contribution:
@@ -269,6 +308,14 @@ def contribution_for(
     own = {records.SECAGG, records.UPDATE}
     task = RecordDict({name: record for name, record in content.items() if name not in own})
     try:
+        if records.DISTRIBUTED in content.config_records:
+            asked = DistributedRequest.from_config(content.config_records[records.DISTRIBUTED])
+            if (width, bits) != (asked.grid.padded, asked.grid.bits):
+                raise ValueError(
+                    f"width={width!r} and bits={bits!r} must be {asked.grid.padded} and "
+                    f"{asked.grid.bits}, the plan's"
+                )
+            return NoisedSum(asked, task)
         record = content.config_records[records.UPDATE]
         if records.COHORT in content.config_records:
             bound = SumBound.from_config(record)

@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 
@@ -36,6 +37,22 @@ def nearest_shift(value: int, shift: int) -> int:
 def nearest(value: Fraction, *, bits: int) -> int:
     """Return ``value * 2^bits`` rounded to the nearest integer."""
     return round(value * (1 << bits))
+
+
+def normalised(weights: Sequence[int], *, bits: int) -> list[int]:
+    """Return ``weights[k] / (weights[0] + 2 (weights[1] + ...))`` in units of ``2^-bits``.
+
+    The half of a symmetric law from 0 on, each probability rounded to the nearest unit, but for
+    that of 0, which takes what the others leave of 1.
+
+    >>> normalised([2, 1], bits=2)
+    [2, 1]
+    """
+    total = 2 * sum(weights) - weights[0]
+    half = total // 2
+    result = [((weight << bits) + half) // total for weight in weights]
+    result[0] = (1 << bits) - 2 * sum(result[1:])
+    return result
 
 
 def _arctan_of_inverse(n: int, bits: int) -> int:

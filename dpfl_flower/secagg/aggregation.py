@@ -92,6 +92,16 @@ class SecureAggregation(ABC):
     def max_cohort(self) -> int | None:
         """The most nodes in a round that the user allows; None: as many as the population."""
 
+    @property
+    @abstractmethod
+    def min_cohort(self) -> int:
+        """The fewest vectors in a sum: with fewer the round is abandoned, nothing is learned."""
+
+    @property
+    @abstractmethod
+    def colluders(self) -> int:
+        """How many nodes may work with the server, for all that the protocol promises."""
+
     @abstractmethod
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""

@@ -1,11 +1,13 @@
 """Flower strategies whose privacy can be believed.
 
 ``DPFedAvg`` replaces Flower's ``FedAvg`` in front of an unchanged ClientApp; ``SampleLevelFedAvg``
-averages nodes that train with DP-SGD; ``PrivateStrategy`` is what to subclass for more.
+averages nodes that train with DP-SGD; ``DistributedDPFedAvg`` has the nodes add the noise and
+trusts no server; ``PrivateStrategy`` is what to subclass for more.
 """
 
 from dpfl_strategies.checkpoint import CheckpointError
 from dpfl_strategies.client_metrics import ClientMetrics
+from dpfl_strategies.distributed_fedavg import DistributedDPFedAvg
 from dpfl_strategies.dp_fedavg import DPFedAvg
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport
 from dpfl_strategies.private_strategy import PrivateStrategy
@@ -28,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "ClientMetrics",
     "DPFedAvg",
+    "DistributedDPFedAvg",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",

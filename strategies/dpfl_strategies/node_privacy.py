@@ -5,20 +5,29 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
-from dpfl_flower.accounting import Event, PrivacyUnit, Relation, event_from_json
+from dpfl_flower.accounting import (
+    Composed,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
+    Event,
+    PrivacyUnit,
+    Relation,
+    event_from_json,
+)
 from dpfl_flower.accounting.accountant import quick_epsilon, require_supported
+from dpfl_flower.accounting.events import count_events
 from dpfl_flower.accounting.statement import rounded_up
 
 log = logging.getLogger("flwr.dpfl")
 
-_SAME_PRICE: Final = 1e-6
+_SAME_PRICE: Final = 1e-3
 """By how much two pricings of the same events may differ."""
 
 _LONGEST_CLAIM: Final = 1 << 20
@@ -100,7 +109,7 @@ class NodeClaim:
         both = (earlier, self)
         return dataclasses.replace(
             self,
-            claimed=_composed_epsilon(both, _composed_delta(both)),
+            claimed=_composed_epsilon(both, _composed_delta(both), _one_after_the_other),
             delta=_composed_delta(both),
             events=earlier.events + self.events,
         )
@@ -116,6 +125,11 @@ class NodeClaim:
         return self.claimed <= self._price * (1 + _SAME_PRICE)
 
     @property
+    def beyond_events(self) -> float:
+        """What the node wrote beyond what its events cost: a rounding, where they explain it."""
+        return max(0.0, self.claimed - self._price) if self.claimed < math.inf else 0.0
+
+    @property
     def _price(self) -> float:
         return _priced(self.events, self.delta, self.relation)
 
@@ -126,22 +140,59 @@ def _composed_delta(claims: Collection[NodeClaim]) -> float:
     return explained + sum(claim.delta for claim in claims if not claim.explained)
 
 
-def _composed_epsilon(claims: Collection[NodeClaim], delta: float) -> float:
+Events = tuple[Event, ...]
+
+
+def _one_after_the_other(parts: Iterable[Events]) -> Events:
+    return tuple(event for events in parts for event in events)
+
+
+def _composed_epsilon(
+    claims: Collection[NodeClaim], delta: float, joined: Callable[[Iterable[Events]], Events]
+) -> float:
     """Return epsilon of all claims together; infinite where their relations or deltas forbid it.
 
-    Events are priced as one; what they do not explain is basic composition (Dwork and Roth,
-    Theorem 3.16).
+    Events are ``joined`` and priced as one; what they do not explain is basic composition (Dwork
+    and Roth, Theorem 3.16).
     """
     if len({claim.relation for claim in claims}) > 1 or delta >= 1:
         return math.inf
     if not claims:
         return 0.0
     relation = next(iter(claims)).relation
-    events = tuple(event for claim in claims if claim.explained for event in claim.events)
-    at = max((claim.delta for claim in claims if claim.explained), default=delta)
-    opaque = sum(claim.epsilon for claim in claims if not claim.explained)
-    worst = max(claim.epsilon for claim in claims)
-    return max(worst, (_priced(events, at, relation) if events else 0.0) + opaque)
+    explained = [claim for claim in claims if claim.explained]
+    events = joined(claim.events for claim in explained)
+    at = max((claim.delta for claim in explained), default=delta)
+    total = _priced(events, at, relation) if events else 0.0
+    total += sum(claim.beyond_events for claim in explained)
+    total += sum(claim.epsilon for claim in claims if not claim.explained)
+    return max(total, *(claim.epsilon for claim in claims))
+
+
+def _together(of_nodes: Iterable[Events]) -> Events:
+    """Return what someone who is in every node has taken part in.
+
+    Releases that nodes make on their own compose. A sum with distributed noise is one release that
+    all of its nodes write down: whoever is in h of them moves it h times as far, which costs more
+    than h releases would, so that events which are equal in h ledgers are taken to be that.
+    """
+    own: list[Event] = []
+    shared: dict[Event, list[int]] = {}
+    for events in of_nodes:
+        for event, count in count_events(events).items():
+            if isinstance(event, DistributedDiscreteGaussian | DistributedSkellam):
+                shared.setdefault(event, []).append(count)
+            else:
+                own.append(Composed(event, count))
+    for event, counts in shared.items():
+        assert isinstance(event, DistributedDiscreteGaussian | DistributedSkellam)
+        moved = dataclasses.replace(
+            event,
+            l2_sensitivity=len(counts) * event.l2_sensitivity,
+            l1_sensitivity=len(counts) * event.l1_sensitivity,
+        )
+        own.append(Composed(moved, max(counts)))
+    return tuple(own)
 
 
 @functools.lru_cache(maxsize=256)
@@ -178,7 +229,7 @@ class NodePrivacyReport:
 
         Infinite where the nodes' relations differ: such claims do not compose.
         """
-        return _composed_epsilon(self.claims.values(), self.delta)
+        return _composed_epsilon(self.claims.values(), self.delta, _together)
 
     def __str__(self) -> str:
         """One sentence that names the units, the relation and both figures."""

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from dpfl_flower.accounting import (
     CappedPoissonSampled,
     Composed,
+    DistributedDiscreteGaussian,
+    DistributedSkellam,
     FixedSizeSampled,
     Gaussian,
     Laplace,
@@ -21,12 +23,15 @@ noise = st.floats(0, 1e6)
 rates = st.floats(0, 1, exclude_min=True)
 below_one = st.floats(0, 1, exclude_min=True, exclude_max=True)
 gaussians = st.builds(Gaussian, noise)
+counts, large = st.integers(1, 99), st.integers(99, 10**12)
 elementary = (
     gaussians
     | st.builds(Laplace, noise)
     | st.builds(PoissonSampled, rates, gaussians)
     | st.builds(CappedPoissonSampled, st.integers(1, 99), below_one, st.integers(1, 99), noise)
     | st.builds(FixedSizeSampled, st.integers(50, 99), st.integers(1, 50), gaussians)
+    | st.builds(DistributedDiscreteGaussian, counts, counts, counts, large, counts)
+    | st.builds(DistributedSkellam, counts, counts, counts, large, counts)
 )
 events = st.recursive(elementary, lambda inner: st.builds(Composed, inner, st.integers(1, 9)))
 

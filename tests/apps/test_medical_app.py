@@ -1,6 +1,7 @@
 """The app keeps its budget, says whose epsilon it is, and lets nothing of a patient's row leave."""
 
 import csv
+import dataclasses
 import math
 import tomllib
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from apps.medical.medical.report import RESULT, Report
 from apps.medical.medical.server_app import IterateAverage, train
 from apps.medical.medical.split import Split
 from apps.medical.medical.task import LOSS, Settings, new_model, tensors
-from dpfl_flower.client import NodeErrorCode
+from dpfl_flower.client import DPSGDConfig, NodeErrorCode
 from dpfl_flower.client.per_example import per_example_clipper
 from dpfl_flower.simulation import Fault, InProcessGrid, NodeConfig
 
@@ -147,9 +148,16 @@ def test_a_hospital_trains_within_its_own_policy_only(config: Config, tmp_path: 
 # --- what it is worth ----------------------------------------------------------------------------
 
 
-def test_without_noise_and_clipping_the_federation_is_the_pooled_model(config: Config) -> None:
-    free = config | {"target-epsilon": 1e8, "clip-norm": 8.0, "num-server-rounds": 10}
-    report = run(free)
+def test_without_noise_and_clipping_the_federation_is_the_pooled_model(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = Settings.dp_sgd
+
+    def without_noise(settings: Settings) -> DPSGDConfig:
+        return dataclasses.replace(private(settings), target_epsilon=None, noise_multiplier=0.0)
+
+    monkeypatch.setattr(Settings, "dp_sgd", without_noise)
+    report = run(config | {"clip-norm": 8.0, "num-server-rounds": 10})
     assert report.not_private_auc == pytest.approx(report.not_private_reference_auc, abs=1e-3)
     for hospital in report.hospitals:
         assert hospital.not_private_auc == pytest.approx(

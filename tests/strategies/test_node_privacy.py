@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ from flwr.app import ConfigRecord
 
 from dpfl_flower.accounting import (
     Composed,
+    DistributedSkellam,
     Gaussian,
     Laplace,
     PoissonSampled,
@@ -164,3 +166,44 @@ def test_a_claim_that_cannot_be_read_is_no_claim(changes, caplog):
     assert read_claim(1, None) is None
     assert "counts as a dropout" in caplog.text
     assert "sentinel" not in caplog.text
+
+
+SHARED = DistributedSkellam(
+    squared_scale=10_000, shares=3, l2_sensitivity=10, l1_sensitivity=30, dimension=16
+)
+
+
+def shared_claim(*events, **changes):
+    text = json.dumps([event.to_json() for event in events])
+    return NodeClaim.from_record(claim_record(epsilon=0.0, events=text, **changes))
+
+
+def test_someone_in_every_node_moves_a_shared_sum_so_many_times_as_far():
+    # One sum with distributed noise is in all four ledgers: it moves by four contributions, which
+    # costs more than four sums of their own would.
+    report = NodePrivacyReport({n: shared_claim(Composed(SHARED, 5)) for n in range(4)})
+    moved = dataclasses.replace(SHARED, l2_sensitivity=40, l1_sensitivity=120)
+    relation = Relation.ADD_OR_REMOVE_ONE
+    expected = epsilon([Composed(moved, 5)], delta=1e-4, relation=relation)
+    assert report.epsilon_everywhere() == pytest.approx(expected)
+    apart = epsilon([Composed(SHARED, 20)], delta=1e-4, relation=relation)
+    assert report.epsilon_everywhere() > 1.5 * apart
+
+
+def test_sums_that_only_some_nodes_were_in_count_for_those():
+    other = dataclasses.replace(SHARED, shares=2)
+    report = NodePrivacyReport(
+        {
+            1: shared_claim(Composed(SHARED, 5), Gaussian(30.0)),
+            2: shared_claim(Composed(SHARED, 3)),
+            3: shared_claim(other),
+        }
+    )
+    twice = dataclasses.replace(SHARED, l2_sensitivity=20, l1_sensitivity=60)
+    expected = epsilon(
+        [Composed(twice, 5), other, Gaussian(30.0)],
+        delta=1e-4,
+        relation=Relation.ADD_OR_REMOVE_ONE,
+    )
+    # Claims of nothing are believed no less than their events cost.
+    assert report.epsilon_everywhere() == pytest.approx(expected, rel=1e-6)

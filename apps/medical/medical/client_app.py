@@ -2,7 +2,8 @@
 
 from typing import cast
 
-from flwr.app import Context
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from flwr.common import Config, NDArrays, Scalar
 from torch import nn, optim, tensor
 from torch.utils.data import TensorDataset
@@ -16,10 +17,11 @@ from dpfl_flower.client import (
     numpy_client_app,
 )
 
+from . import distributed
 from .evaluation import ScoreHistogram
 from .hospital import Hospital
 from .split import Split
-from .task import LOSS, Settings, new_model, probabilities, tensors
+from .task import LOSS, Settings, Trust, new_model, probabilities, tensors
 
 
 class HospitalClient(DPSGDClient):
@@ -76,4 +78,27 @@ def client_fn(context: Context) -> HospitalClient:
     return HospitalClient(hospital, settings, context, model=new_model())
 
 
-app = numpy_client_app(client_fn)
+_alone = numpy_client_app(client_fn)
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on this hospital's patients, with all of the noise or a share of it."""
+    if _trust(context) is Trust.DISTRIBUTED:
+        return distributed.app_for(context)(message, context)
+    return _alone(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Count held-out patients by score, NOT PRIVATE; say what the others have spent."""
+    reply = _alone(message, context)
+    if _trust(context) is Trust.DISTRIBUTED:
+        return distributed.with_claim(reply, context)
+    return reply
+
+
+def _trust(context: Context) -> Trust:
+    return Settings.parse(context.run_config).trust

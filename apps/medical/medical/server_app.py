@@ -9,20 +9,26 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from dpfl_flower import records
+from dpfl_flower.accounting import EveryoneSampling, PrivacyBudget
+from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.final_model import save_model
+from dpfl_flower.secagg import SecAggPlus
 from dpfl_strategies import (
     AllClientsFailed,
+    DistributedDPFedAvg,
     FedAvgM,
+    NodeClaim,
     NodePrivacyReport,
     SampleLevelFedAvg,
 )
+from dpfl_strategies.node_privacy import read_claim
 
 from .evaluation import ScoreHistogram
 from .hospital import SAMPLE
 from .patients import HOSPITALS
 from .reference import reference_histograms
 from .report import HospitalReport, Report
-from .task import Settings, new_model
+from .task import Settings, Trust, new_model
 
 log = logging.getLogger("flwr.medical")
 
@@ -47,10 +53,7 @@ def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
         If no hospital trains, for instance because their budgets are spent.
     """
     log.info("Run directory: %s", settings.run_dir.absolute())
-    strategy = SampleLevelFedAvg(
-        population=settings.num_hospitals,
-        server_optimizer=FedAvgM(lr=1.0, momentum=settings.server_momentum),
-    )
+    strategy = _strategy(settings)
     average = IterateAverage(first_round=settings.num_rounds // 2 + 1)
     try:
         result = strategy.start(
@@ -66,18 +69,37 @@ def train(grid: Grid, settings: Settings, *, run_id: int) -> Report:
             f"its ledger, for the packaged sample in {settings.run_dir.absolute()}, counts all "
             "runs on its patients"
         ) from failed
-    privacy = result.node_privacy or NodePrivacyReport()
     model = average.mean()
+    nodes = grid.get_node_ids() if result.node_privacy is None else result.node_privacy.claims
+    histograms, claims = evaluate(grid, model, nodes)
+    privacy = result.node_privacy or NodePrivacyReport(claims)
     save_model(model, settings.run_dir, notes={"privacy": str(privacy)})
     report = _report(
         settings,
         privacy,
-        evaluate(grid, model, privacy.claims),
+        histograms,
         run_id=run_id,
         rounds=result.rounds,
     )
     log.info("Result: %s", report.save(settings.run_dir).absolute())
     return report
+
+
+def _strategy(settings: Settings) -> SampleLevelFedAvg | DistributedDPFedAvg:
+    if settings.trust is Trust.LOCAL:
+        return SampleLevelFedAvg(
+            population=settings.num_hospitals,
+            server_optimizer=FedAvgM(lr=1.0, momentum=settings.server_momentum),
+        )
+    return DistributedDPFedAvg(
+        budget=PrivacyBudget(settings.target_epsilon, settings.target_delta, "example"),
+        sampling=EveryoneSampling(round(settings.num_hospitals * settings.expected_patients)),
+        clipping=FixedClipping(settings.clip_norm),
+        num_nodes=settings.num_hospitals,
+        secure_aggregation=SecAggPlus(min_cohort=settings.min_hospitals),
+        server_optimizer=FedAvgM(lr=settings.learning_rate, momentum=settings.server_momentum),
+        dataset=SAMPLE,
+    )
 
 
 class IterateAverage:
@@ -111,19 +133,31 @@ class IterateAverage:
         )
 
 
-def evaluate(grid: Grid, model: ArrayRecord, nodes: Iterable[int]) -> Mapping[int, ScoreHistogram]:
-    """Ask each node once for its held-out patients' scores under ``model``. NOT PRIVATE."""
+def evaluate(
+    grid: Grid, model: ArrayRecord, nodes: Iterable[int]
+) -> tuple[Mapping[int, ScoreHistogram], Mapping[int, NodeClaim]]:
+    """Ask each node once for its held-out patients' scores under ``model``. NOT PRIVATE.
+
+    Under distributed trust nodes also say what their patients have spent.
+    """
     messages = [
         Message(RecordDict({records.ARRAYS: model}), node, MessageType.EVALUATE) for node in nodes
     ]
-    found = {}
+    found: dict[int, ScoreHistogram] = {}
+    claims: dict[int, NodeClaim] = {}
     for reply in grid.send_and_receive(messages, timeout=_EVALUATION_SECONDS):
         node = reply.metadata.src_node_id
+        if reply.has_error():
+            log.warning("Node %d shares no evaluation", node)
+            continue
+        if records.PRIVACY in reply.content.config_records:
+            claim = read_claim(node, reply.content.config_records[records.PRIVACY])
+            claims.update({} if claim is None else {node: claim})
         try:
             found[node] = ScoreHistogram.from_metrics(reply.content[records.METRICS])
         except (ValueError, KeyError, TypeError):
             log.warning("Node %d shares no evaluation", node)
-    return found
+    return found, claims
 
 
 def _report(

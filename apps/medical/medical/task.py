@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -22,6 +24,18 @@ LOSS: Final = nn.BCEWithLogitsLoss(reduction="none")
 
 T = TypeVar("T", int, float, str)
 
+Row = tuple[NDArray[np.float64], np.float64]
+"""One patient's features, shape ``(15,)``, and label."""
+
+
+class Trust(StrEnum):
+    """Who adds the noise."""
+
+    LOCAL = "local"
+    """Every hospital adds all of its own to each of its answers."""
+    DISTRIBUTED = "distributed"
+    """Every hospital adds a share, and masks: the coordinator sees one noisy sum."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -29,8 +43,13 @@ class Settings:
 
     Attributes
     ----------
+    trust
+        Who adds the noise.
     num_hospitals
         Nodes to wait for.
+    min_hospitals
+        Under distributed trust, the fewest hospitals in a sum: with fewer a round is abandoned,
+        and so many shares are what a patient's protection counts on.
     num_rounds
         Rounds; each is one full-batch DP-SGD step in every hospital.
     learning_rate
@@ -40,7 +59,8 @@ class Settings:
     clip_norm
         Bounds one patient's gradient in L2.
     expected_patients
-        What every hospital divides its noisy sum by: a public guess, not its number of patients.
+        What every hospital divides its noisy sum by (under distributed trust, the coordinator, so
+        many for each hospital): a public guess, not its number of patients.
     target_epsilon, target_delta
         What a hospital may spend on its patients over all runs in its ledger.
     split_seed
@@ -49,7 +69,9 @@ class Settings:
         Where the result goes and, for the packaged sample, the hospitals' ledgers.
     """
 
+    trust: Trust
     num_hospitals: int
+    min_hospitals: int
     num_rounds: int
     learning_rate: float
     server_momentum: float
@@ -61,7 +83,11 @@ class Settings:
     run_dir: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trust", Trust(self.trust))
         checks.positive_int(num_hospitals=self.num_hospitals, num_rounds=self.num_rounds)
+        checks.positive_int(min_hospitals=self.min_hospitals)
+        if self.trust is Trust.DISTRIBUTED:
+            checks.at_most(self.num_hospitals, min_hospitals=self.min_hospitals)
         checks.positive(learning_rate=self.learning_rate)
         checks.non_negative(server_momentum=self.server_momentum)
         checks.non_negative_int(split_seed=self.split_seed)
@@ -79,7 +105,9 @@ class Settings:
             return kind(value)
 
         return cls(
+            trust=Trust(read("trust", str)),
             num_hospitals=read("num-hospitals", int),
+            min_hospitals=read("min-hospitals", int),
             num_rounds=read("num-server-rounds", int),
             learning_rate=read("learning-rate", float),
             server_momentum=read("server-momentum", float),
@@ -102,6 +130,16 @@ class Settings:
             delta=self.target_delta,
             target_epsilon=self.target_epsilon,
         )
+
+
+def gradient_step(
+    arrays: Mapping[str, NDArray[np.floating]], row: Row
+) -> dict[str, NDArray[np.float64]]:
+    """Return the model less the gradient of one patient's loss, in closed form."""
+    features, label = row
+    weight, bias = (np.asarray(arrays[name], np.float64) for name in ("weight", "bias"))
+    slope = expit(weight[0] @ features + bias[0]) - label
+    return {"weight": weight - slope * features, "bias": bias - slope}
 
 
 def new_model() -> nn.Linear:

@@ -11,9 +11,10 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import records
+from dpfl_flower.client.distributed_request import request_awaiting_share
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, guard_mod
 from dpfl_flower.client.policy import NodePolicy
-from dpfl_flower.client.users.cohort import UserCohort
+from dpfl_flower.client.users.cohort import AnyRequest, UserCohort
 from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.wire import read_array
 
@@ -36,6 +37,9 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     nothing else: neither a count nor a metric. Whatever goes wrong is logged on the node and
     answered with a fixed code (`NodeErrorCode`); a request that does not fit is MALFORMED_REQUEST.
 
+    Behind `noise_share_mod` the message holds a plan for distributed noise instead, and the mod
+    adds this node's share to the sum.
+
     A node's own ``min-noise-multiplier`` holds for the grid that is asked for. Its ``max-epsilon``
     cannot be kept by a node that does not draw the noise: with one set, the node refuses.
 
@@ -52,9 +56,10 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request, arrays = _parse(message.content)
-        NodePolicy.from_node_config(context.node_config).check(
-            noise_multiplier=request.grid.noise_multiplier, epsilon=float("inf")
-        )
+        if isinstance(request, CohortRequest):  # else the mod that adds the share has checked
+            NodePolicy.from_node_config(context.node_config).check(
+                noise_multiplier=request.grid.noise_multiplier, epsilon=float("inf")
+            )
         cohort = _resident(cohort_fn, context)
         try:
             total = cohort.answer(request, arrays)
@@ -72,9 +77,11 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     return app
 
 
-def _parse(content: RecordDict) -> tuple[CohortRequest, dict[str, NDArray[np.generic]]]:
+def _parse(content: RecordDict) -> tuple[AnyRequest, dict[str, NDArray[np.generic]]]:
     try:
-        request = CohortRequest.from_config(content.config_records[records.COHORT])
+        request: AnyRequest | None = request_awaiting_share()
+        if request is None:
+            request = CohortRequest.from_config(content.config_records[records.COHORT])
         found = content.array_records[records.ARRAYS]
         return request, {name: read_array(array) for name, array in found.items()}
     except (KeyError, TypeError, ValueError) as error:

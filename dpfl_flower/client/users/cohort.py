@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpfl_flower import checks
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.users.closed_form import ClosedFormEngine, LocalUpdate
 from dpfl_flower.client.users.engine import Chunk, Engine, UserEngine
@@ -34,9 +35,11 @@ from dpfl_flower.client.users.training import LocalTraining
 from dpfl_flower.layout import Array, ArrayLayout
 from dpfl_flower.rng import RandomSource, secure
 
-__all__ = ["UserCohort"]
+__all__ = ["AnyRequest", "UserCohort"]
 
 logger = logging.getLogger(NODE_LOGGER)
+
+AnyRequest = CohortRequest | DistributedRequest
 
 
 @final
@@ -137,20 +140,18 @@ class UserCohort:
         """How many users are in memory at once and what they take; None before the first round."""
         return None if self._engine is None else self._engine.chunk
 
-    def answer(
-        self, request: CohortRequest, global_arrays: Mapping[str, Array]
-    ) -> NDArray[np.int64]:
+    def answer(self, request: AnyRequest, global_arrays: Mapping[str, Array]) -> NDArray[np.int64]:
         """Return the sum of the contributions of a freshly drawn cohort.
 
         Parameters
         ----------
-        request : CohortRequest
+        request : CohortRequest or DistributedRequest
         global_arrays : mapping of name to array
             What every user starts from; ``request.grid.dimension`` floating entries in all.
 
         Returns
         -------
-        int64 array, shape (grid.width,)
+        int64 array, shape (grid.width,), or (grid.padded,) for distributed noise, no share added
 
         Raises
         ------
@@ -173,7 +174,7 @@ class UserCohort:
                 bounded.add(update.values, update.reference)
         return bounded.total
 
-    def _draw(self, request: CohortRequest) -> list[Member]:
+    def _draw(self, request: AnyRequest) -> list[Member]:
         registry = self._registry
         if request.users is not None:
             if not self._obeys_lists:

@@ -1,0 +1,445 @@
+"""DP-FedAvg without a server to trust: every node adds a share of the noise before it masks.
+
+Kairouz, Liu, Steinke, arXiv 2102.06387 (discrete Gaussian); Agarwal, Kairouz, Liu, arXiv 2110.04995
+(Skellam). What the server learns of a round is the noisy sum, by secure aggregation.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from dpfl_flower import checks, records
+from dpfl_flower.accounting import (
+    Event,
+    EveryoneSampling,
+    PoissonSampling,
+    PrivacyBudget,
+    PrivacyStatement,
+    PrivacyUnit,
+    Relation,
+    Sampling,
+    TrustModel,
+)
+from dpfl_flower.client.distributed_request import DistributedRequest
+from dpfl_flower.clipping import FixedClipping
+from dpfl_flower.distributed import DistributedPlan, ShareNoise, design
+from dpfl_flower.quantize import DistributedGrid
+from dpfl_flower.secagg import SecureAggregation, Session, SumRequest
+from dpfl_strategies.checkpoint import CheckpointDirectory
+from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
+from dpfl_strategies.messages import Arrays, from_record, to_record
+from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.registry import Registry
+from dpfl_strategies.result import PrivateResult, Stopped
+from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.secure_round import SecureRound
+from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
+
+log = logging.getLogger("flwr.dpfl")
+
+_STAGES = 5
+_LONGEST_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class _OpenRound:
+    """The round that waits for replies."""
+
+    request: DistributedRequest
+    reference: Arrays
+    exchange: SecureRound
+    asked: int
+
+
+@final
+class DistributedDPFedAvg(Strategy):
+    """DP-FedAvg with noise that the nodes add (trust model ``distributed``).
+
+    All nodes are asked in every round, and answer masked vectors that hold their bounded sum and a
+    share of the noise. Shares are calibrated to ``min_cohort - colluders`` of
+    ``secure_aggregation``: with fewer survivors a round is abandoned, and colluders could subtract
+    their own shares. The guarantee holds against the server too, as far as secure aggregation keeps
+    what it promises (docs/threat-model.md). No sampling amplifies it.
+
+    Apps put ``mods=[secure_aggregation_mod, noise_share_mod(...)]`` around their train function or
+    their :func:`~dpfl_flower.client.users.user_cohort_app`; nodes charge their own ledgers.
+
+    Parameters
+    ----------
+    sampling:
+        ``EveryoneSampling`` of the units; with units inside nodes also ``PoissonSampling``, whose
+        coins the nodes draw, and which saves work, not epsilon.
+    clipping:
+        The bound on one unit's update.
+    num_nodes:
+        How many nodes there are; as many as the population where every node is one unit.
+    secure_aggregation:
+        ``SecAggPlus(min_cohort=t, colluders=c)``.
+    budget:
+        The most the data set may spend. The noise follows from it.
+    noise_multiplier:
+        The certain noise over the bound on one unit, instead of a budget.
+    delta, unit, relation:
+        Without a budget: what epsilon is reported for. A node as the unit needs zero-out or
+        replace-one: a removed node would take its share along.
+    noise:
+        ``"discrete-gaussian"`` or ``"skellam"``.
+    bits:
+        Sums travel modulo 2^bits.
+    max_inflation:
+        How much longer than the clip norm the enforced bound may be.
+    server_optimizer:
+        What becomes of the noisy mean: plain averaging by default.
+    ledger, dataset, checkpoint_dir, wait_seconds, give_up_after:
+        As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+
+    Raises
+    ------
+    ValueError
+        For an argument out of range, naming it, its value and the bound.
+
+    Examples
+    --------
+    >>> from dpfl_flower.secagg import SecAggPlus
+    >>> strategy = DistributedDPFedAvg(
+    ...     budget=PrivacyBudget(epsilon=1.0, delta=1e-4, unit="example"),
+    ...     sampling=EveryoneSampling(736),
+    ...     clipping=FixedClipping(0.5),
+    ...     num_nodes=4,
+    ...     secure_aggregation=SecAggPlus(min_cohort=3),
+    ... )
+    """
+
+    def __init__(
+        self,
+        *,
+        sampling: Sampling,
+        clipping: FixedClipping,
+        num_nodes: int,
+        secure_aggregation: SecureAggregation,
+        budget: PrivacyBudget | None = None,
+        noise_multiplier: float | None = None,
+        delta: float | None = None,
+        unit: PrivacyUnit | str | None = None,
+        relation: Relation | str | None = None,
+        noise: ShareNoise | str = ShareNoise.DISCRETE_GAUSSIAN,
+        bits: int = 32,
+        max_inflation: float = 1.1,
+        server_optimizer: ServerOptimizer | None = None,
+        ledger: str | Path | None = None,
+        dataset: str = "default",
+        checkpoint_dir: str | Path | None = None,
+        wait_seconds: float = 600.0,
+        give_up_after: int | None = 3,
+    ) -> None:
+        checks.positive_int(num_nodes=num_nodes, bits=bits)
+        if give_up_after is not None:
+            checks.positive_int(give_up_after=give_up_after)
+        if not isinstance(clipping, FixedClipping):
+            raise ValueError(
+                f"clipping={clipping!r} must be FixedClipping: an indicator of who was clipped is "
+                "no part of what distributed noise is accounted for"
+            )
+        request = PrivacyRequest.parse(
+            sampling=sampling,
+            budget=budget,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            unit=unit,
+            relation=relation,
+        )
+        sampling_rate = _sampling_rate(request, num_nodes)
+        secure_aggregation.check_population(num_nodes)
+
+        def plan_for(dimension: int, rounds: int, prior: tuple[Event, ...]) -> DistributedPlan:
+            return design(
+                None if noise_multiplier is not None else budget,
+                noise_multiplier=noise_multiplier,
+                unit=request.unit,
+                relation=request.relation,
+                rounds=rounds,
+                dimension=dimension,
+                clip_norm=clipping.clip_norm,
+                num_nodes=num_nodes,
+                min_survivors=secure_aggregation.min_cohort,
+                colluders=secure_aggregation.colluders,
+                max_units=sampling.population,
+                noise=noise,
+                bits=bits,
+                max_inflation=max_inflation,
+                prior=prior,
+            )
+
+        # Relation, bits and numbers of nodes are checked before anybody waits for a node.
+        DistributedPlan(
+            grid=DistributedGrid(dimension=1, clip_units=1.0, sensitivity_units=1, bits=bits),
+            noise=ShareNoise(noise),
+            squared_scale=1,
+            clip_norm=clipping.clip_norm,
+            num_nodes=num_nodes,
+            min_survivors=secure_aggregation.min_cohort,
+            colluders=secure_aggregation.colluders,
+            unit=request.unit,
+            relation=request.relation,
+        )
+        if ledger is None and checkpoint_dir is not None:
+            ledger = Path(checkpoint_dir) / "ledger.jsonl"
+        self.server_optimizer = server_optimizer or FedAvg()
+        self._secure = secure_aggregation
+        self._num_nodes = num_nodes
+        self._settings = DistributedSettings(
+            request=request,
+            design=plan_for,
+            sampling_rate=sampling_rate,
+            dataset=dataset,
+            ledger_path=ledger,
+            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
+        )
+        self._clipping = clipping
+        self._wait_seconds = wait_seconds
+        self._give_up_after = give_up_after
+        self._failures = FailureWatch(give_up_after)
+        self._registry = Registry(num_nodes, wait_seconds=wait_seconds)
+        self._optimizer_state: State = {}
+        self._stage_seconds = 3600.0
+        self._run: DistributedRun | None = None
+        self._open: _OpenRound | None = None
+
+    @property
+    def plan(self) -> DistributedPlan | None:
+        """What every round is, None until the run has begun."""
+        return None if self._run is None else self._run.plan
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> PrivateResult:
+        """Run ``num_rounds`` private rounds, going on from the checkpoint where there is one.
+
+        Parameters and records are Flower's; ``timeout`` holds for each of the five exchanges of a
+        round. A budget that runs out ends the run with the last released model.
+
+        Raises
+        ------
+        AllClientsFailed
+            If rounds were abandoned, ``give_up_after`` in a row or always.
+        PopulationNotReached
+            If too few nodes connected.
+        LedgerError, CheckpointError
+            If the files are damaged, in use, or belong to another run.
+        """
+        checks.positive_int(num_rounds=num_rounds)
+        if self._run is not None:
+            raise RuntimeError("this strategy is already running")
+        self._stage_seconds = timeout
+        self._failures = FailureWatch(self._give_up_after)
+        self._registry = Registry(self._num_nodes, wait_seconds=self._wait_seconds)
+        run = self._run = self._settings.open(
+            from_record(initial_arrays), num_rounds, settings=self._fixed()
+        )
+        try:
+            self._optimizer_state = dict(run.state.optimizer_state)
+            self.summary()
+            result = run_rounds(
+                self,
+                LoopHooks(
+                    failures=self._failures,
+                    stop_reason=lambda: None if run.affordable else Stopped.BUDGET_SPENT,
+                    progress=lambda server_round: f"{server_round} rounds",
+                    proceed=self.continue_train,
+                ),
+                PrivateResult(),
+                grid=grid,
+                arrays=to_record(run.state.model),
+                first_round=run.state.server_round + 1,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+                evaluate_fn=evaluate_fn,
+            )
+            result.privacy = self.privacy_spent()
+            log_result(result)
+            return result
+        finally:
+            run.close()
+            self._run = self._open = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Begin the round with every node."""
+        run = self._running()
+        if self._open is not None:
+            raise RuntimeError(f"round {self._open.request.server_round} waits for its replies")
+        nodes = tuple(self._registry.node_ids(grid))
+        if len(nodes) > self._num_nodes:
+            raise ValueError(
+                f"num_nodes={self._num_nodes} must be >= {len(nodes)}, the nodes that are "
+                "registered: the modulus leaves room for so many shares"
+            )
+        request = run.request(server_round)
+        reference = from_record(arrays)
+        run.layout.check(reference)
+        config[records.SERVER_ROUND] = server_round
+        task = RecordDict(
+            {
+                records.ARRAYS: arrays,
+                records.CONFIG: config,
+                records.DISTRIBUTED: request.to_config(),
+            }
+        )
+        wanted = SumRequest(
+            session=Session(grid.run.run_id, server_round),
+            nodes=nodes,
+            width=run.plan.grid.padded,
+            bits=run.plan.grid.bits,
+            seconds=min(_LONGEST_SECONDS, _STAGES * self._stage_seconds),
+        )
+        exchange = SecureRound(self._secure, wanted, task)
+        self._open = _OpenRound(request, reference, exchange, len(nodes))
+        return exchange.messages()
+
+    def continue_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> Iterable[Message] | None:
+        """Return the messages of the next exchange, None once the sum is there, or given up."""
+        exchange = self._opened(server_round).exchange
+        exchange.receive(replies)
+        return None if exchange.finished else exchange.messages()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Charge, decode, step, save; return the released model, None for an abandoned round.
+
+        Raises
+        ------
+        RuntimeError
+            If the round was not configured, is not finished, or was aggregated already.
+        BudgetExhausted
+            If the budget does not allow the release; nothing is charged or released.
+        """
+        del replies  # continue_train has had them
+        run, opened = self._running(), self._opened(server_round)
+        if not opened.exchange.finished:
+            raise RuntimeError(
+                f"round {server_round} waits for further messages: send what continue_train "
+                "returns until it returns None, then aggregate"
+            )
+        self._open = None
+        summed = opened.exchange.total
+        if summed is None or len(summed.survivors) < run.plan.min_survivors:
+            self._failures.record(asked=opened.asked, answered=0)
+            return None, None
+        mean = run.charge_and_decode(summed.total, opened.request)
+        model, self._optimizer_state = self.server_optimizer.step(
+            run.layout.flatten(opened.reference), mean, self._optimizer_state
+        )
+        released = run.commit(
+            server_round,
+            model=model,
+            template=opened.reference,
+            optimizer_state=self._optimizer_state,
+        )
+        self._failures.record(asked=opened.asked, answered=len(summed.survivors))
+        return to_record(released), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: what nodes measure is theirs, and no epsilon covers it."""
+        del server_round, arrays, config, grid
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Return None."""
+        del server_round, replies
+
+    def privacy_spent(self) -> PrivacyStatement:
+        """Return what the data set has spent; only while the strategy runs."""
+        return self._running().ledger.spent()
+
+    def summary(self) -> None:
+        """Log what will be done, before the first round."""
+        request = self._settings.request
+        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
+        log.info("\t├──> Sampling: %s, not amplified", request.sampling)
+        log.info("\t├──> Clipping: %s", self._clipping)
+        log.info("\t├──> Trust: %s", TrustModel.DISTRIBUTED)
+        if self._run is not None:
+            plan = self._run.plan
+            log.info(
+                "\t├──> Noise: %s, multiplier %.4f from %d honest shares (%d colluders assumed)",
+                plan.noise,
+                plan.noise_multiplier,
+                plan.honest_shares,
+                plan.colluders,
+            )
+        log.info("\t└──> Budget: %s", request.budget or "none")
+
+    def _fixed(self) -> dict[str, str]:
+        """Return what may not change between the parts of a resumed run."""
+        request = self._settings.request
+        return {
+            "strategy": type(self).__name__,
+            "sampling": repr(request.sampling),
+            "clipping": repr(self._clipping),
+            "server_optimizer": repr(self.server_optimizer),
+            "secure_aggregation": repr(self._secure),
+            "num_nodes": str(self._num_nodes),
+            "unit": str(request.unit),
+            "relation": str(request.relation),
+        }
+
+    def _running(self) -> DistributedRun:
+        if self._run is None:
+            raise RuntimeError("the strategy is not running: call start()")
+        return self._run
+
+    def _opened(self, server_round: int) -> _OpenRound:
+        if self._open is None or self._open.request.server_round != server_round:
+            raise RuntimeError(f"round {server_round} is not open")
+        return self._open
+
+
+def _sampling_rate(request: PrivacyRequest, num_nodes: int) -> float | None:
+    """Return the rate of the nodes' coins, None where the node is the unit.
+
+    Raises
+    ------
+    ValueError
+        If units would have to be drawn in another way, or there is another number of nodes.
+    """
+    sampling = request.sampling
+    if request.unit is PrivacyUnit.NODE:
+        if not isinstance(sampling, EveryoneSampling):
+            raise ValueError(
+                f"sampling={sampling!r} must be EveryoneSampling for unit='node': a node that is "
+                "not drawn adds no share, and no sampling is amplified"
+            )
+        if sampling.population != num_nodes:
+            raise ValueError(
+                f"num_nodes={num_nodes} must be population={sampling.population} for unit='node'"
+            )
+        return None
+    if isinstance(sampling, EveryoneSampling):
+        return 1.0
+    if isinstance(sampling, PoissonSampling):
+        return sampling.rate
+    raise ValueError(
+        f"sampling={sampling!r} must be EveryoneSampling or PoissonSampling: nodes draw their own "
+        "units, and only coins can be drawn apart"
+    )

@@ -1,0 +1,89 @@
+"""One round's exchange with the nodes, by any protocol for secure sums."""
+
+import logging
+from collections.abc import Iterable
+from typing import final
+
+from flwr.app import Message, MessageType, RecordDict
+
+from dpfl_flower.secagg import (
+    RoundAbandoned,
+    SecureAggregation,
+    SecureExchange,
+    SecureSum,
+    SumRequest,
+)
+from dpfl_strategies.replies import accepted
+
+__all__ = ["SecureRound"]
+
+log = logging.getLogger("flwr.dpfl")
+
+
+@final
+class SecureRound:
+    """Sends what the protocol wants sent, until there is a sum or the round is abandoned.
+
+    Parameters
+    ----------
+    secure : SecureAggregation
+    request : SumRequest
+    task : RecordDict
+        What the nodes that compute vectors are asked.
+    """
+
+    def __init__(self, secure: SecureAggregation, request: SumRequest, task: RecordDict) -> None:
+        self._server_round = request.session.server_round
+        self._task = task
+        self._now: SecureExchange | SecureSum | None
+        try:
+            self._now = secure.begin(request)
+        except RoundAbandoned as abandoned:
+            self._abandon(abandoned)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing further is to be sent."""
+        return not isinstance(self._now, SecureExchange)
+
+    @property
+    def total(self) -> SecureSum | None:
+        """The sum; None where the round was abandoned, or is not finished."""
+        return self._now if isinstance(self._now, SecureSum) else None
+
+    def messages(self) -> list[Message]:
+        """Return what to send now; nothing where the round is finished."""
+        exchange = self._now
+        if not isinstance(exchange, SecureExchange):
+            return []
+        messages = []
+        for node, protocol in exchange.requests.items():
+            content = RecordDict(dict(self._task) if exchange.carries_task else {})
+            for name, record in protocol.items():
+                content[name] = record
+            messages.append(
+                Message(content, node, MessageType.TRAIN, group_id=self._group(exchange))
+            )
+        return messages
+
+    def receive(self, replies: Iterable[Message]) -> None:
+        """Go on from the replies to :meth:`messages`; whoever is missing has dropped out."""
+        exchange = self._now
+        if not isinstance(exchange, SecureExchange):
+            return
+        asked = exchange.requests.keys()
+        answers = {
+            message.metadata.src_node_id: message.content
+            for message in accepted(replies, asked=asked, group=self._group(exchange))
+        }
+        try:
+            self._now = exchange.receive(answers)
+        except RoundAbandoned as abandoned:
+            self._abandon(abandoned)
+
+    def _group(self, exchange: SecureExchange) -> str:
+        return f"{self._server_round}/{exchange.stage}"
+
+    def _abandon(self, reason: RoundAbandoned) -> None:
+        log.warning("NOT PRIVATE: round %d is abandoned: %s", self._server_round, reason)
+        self._now = None
