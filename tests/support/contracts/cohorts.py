@@ -182,19 +182,22 @@ def _who_was_asked(batches: list[list[Message]]) -> NDArray[np.bool_]:
 
 
 def _require_sizes(sizes: NDArray[np.int64], stated: Stated) -> None:
-    """Require the stated law of sizes: how often each, and the spread, both exactly.
+    """Require the stated law of sizes: how often each, the mean and the spread, all exactly.
 
-    False alarm: 2e-8. Cohorts of a fixed size where coins are stated have no spread.
+    False alarm: 3e-8. Cohorts of a fixed size where coins are stated have no spread.
     """
+    probabilities, possible = stated.size_probabilities, np.arange(POPULATION + 1)
     observed = np.bincount(sizes, minlength=POPULATION + 1)
-    assert not observed[stated.size_probabilities == 0].any(), "a cohort of a size that cannot be"
-    assert statistics.counts_fit(observed, len(sizes), stated.size_probabilities)
-    away = (np.arange(POPULATION + 1) - COHORT) ** 2
-    found = int(away @ observed)
-    assert statistics.sum_fits(found, away, stated.size_probabilities, len(sizes)), "the spread"
-    expected = len(sizes) * float(away @ stated.size_probabilities)
-    for wrong in (0, round(0.8 * expected), round(1.2 * expected)) if expected else (1,):
-        assert not statistics.sum_fits(wrong, away, stated.size_probabilities, len(sizes))
+    assert not observed[probabilities == 0].any(), "a cohort of a size that cannot be"
+    assert statistics.counts_fit(observed, len(sizes), probabilities)
+    # A mean 8 % off and a spread 20 % off are seen without fail.
+    for values, seen in ((possible, 0.08), ((possible - COHORT) ** 2, 0.2)):
+        expected = len(sizes) * float(values @ probabilities)
+        law = statistics.law_of_sum(values, probabilities, len(sizes))
+        assert statistics.sum_fits(int(values @ observed), law)
+        for off in (1 - seen, 1 + seen):
+            wrong = round(off * expected) if expected else 1
+            assert not statistics.sum_fits(wrong, law)
 
 
 def _require_inclusion(asked: NDArray[np.bool_], stated: Stated) -> None:

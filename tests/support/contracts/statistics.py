@@ -191,23 +191,19 @@ def counts_fit(observed: NDArray[np.int64], trials: int, probability: float | ND
     return bool(np.minimum(at_most, at_least).min() >= FALSE_ALARM / 2 / observed.size)
 
 
-def sum_fits(found: int, values: NDArray[np.int64], probabilities: NDArray, n: int) -> bool:
-    """Whether ``found`` may be the sum of ``n`` independent draws of these values, exactly.
+def law_of_sum(values: NDArray[np.int64], probabilities: NDArray, n: int) -> NDArray[np.float64]:
+    """Return P(sum = 0, 1, ...) of ``n`` independent draws of ``values``, integers >= 0.
 
-    Parameters
-    ----------
-    found : int
-    values : int64 array
-        What one draw may be, all >= 0.
-    probabilities : float array, same shape
-    n : int
+    The n-fold convolution by FFT, whose errors are some 1e-15 in all.
     """
     one = np.bincount(values, weights=probabilities)
     size = 2 ** math.ceil(math.log2(n * (one.size - 1) + 1))
-    # The law of the sum is the n-fold convolution; the FFT's error is some 1e-15 in all.
-    law = np.fft.irfft(np.fft.rfft(one, size) ** n, size)
-    tail = min(law[: found + 1].sum(), law[found:].sum())
-    return bool(tail >= FALSE_ALARM / 2)
+    return np.fft.irfft(np.fft.rfft(one, size) ** n, size)
+
+
+def sum_fits(found: int, law: NDArray[np.float64]) -> bool:
+    """Whether ``found`` may be a sum of this law."""
+    return bool(min(law[: found + 1].sum(), law[found:].sum()) >= FALSE_ALARM / 2)
 
 
 # --- independence ---------------------------------------------------------------------------------
