@@ -287,7 +287,12 @@ class NoisedSum(Contribution):
 
 
 def contribution_for(
-    content: RecordDict, node_config: Mapping[str, object], *, width: int, bits: int
+    content: RecordDict,
+    node_config: Mapping[str, object],
+    *,
+    width: int,
+    bits: int,
+    most_survivors: int | None = None,
 ) -> Contribution:
     """Return what a masked-input request asks for, everything in it checked.
 
@@ -299,6 +304,10 @@ def contribution_for(
         The node's own config: its `NodePolicy` holds.
     width, bits : int
         As agreed on when the round began.
+    most_survivors : int or None
+        How many vectors are certain to be in the sum, colluders included, whatever the server says;
+        None where only the server's word counts. A plan for distributed noise must not count on
+        more.
 
     Raises
     ------
@@ -314,6 +323,13 @@ def contribution_for(
                 raise ValueError(
                     f"width={width!r} and bits={bits!r} must be {asked.grid.padded} and "
                     f"{asked.grid.bits}, the plan's"
+                )
+            counted_on = asked.plan.min_survivors
+            if most_survivors is not None and counted_on > most_survivors:
+                raise NodeError(
+                    NodeErrorCode.POLICY_REFUSED,
+                    f"min_survivors={counted_on!r} must be <= {most_survivors!r}, the threshold "
+                    "and this node: a higher threshold of secure aggregation makes more certain",
                 )
             return NoisedSum(asked, task)
         record = content.config_records[records.UPDATE]

@@ -284,8 +284,6 @@ def _answer(
             total = read_array(answered).astype(np.int64, casting="safe")
         residues = share.added(request, total)
     except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, NodeError):
-            raise
         raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
     summed = ArrayRecord({records.SUM: Array(residues)})
     return Message(RecordDict({records.INTEGER_SUM: summed}), reply_to=message)

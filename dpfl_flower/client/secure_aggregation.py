@@ -133,7 +133,7 @@ def _stage(
         state, reply = node.share_keys(state, request, rules)
     elif isinstance(request, MaskRequest):
         state = node.accept_shares(state, request, rules)
-        state, reply = _mask(state, message, context, call_next)
+        state, reply = _mask(state, rules, message, context, call_next)
     elif isinstance(request, AcknowledgeRequest):
         state, reply = node.acknowledge(state, request, rules)
     else:
@@ -142,10 +142,19 @@ def _stage(
 
 
 def _mask(
-    state: NodeState, message: Message, context: Context, call_next: ClientAppCallable
+    state: NodeState,
+    rules: NodeRules,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
 ) -> tuple[NodeState, Reply]:
     contribution = contribution_for(
-        message.content, context.node_config, width=state.width, bits=state.bits
+        message.content,
+        context.node_config,
+        width=state.width,
+        bits=state.bits,
+        # What the roster makes certain even if the server lies: docs/threat-model.md.
+        most_survivors=None if rules.roster is None else state.threshold + 1,
     )
     # The records may be those of other nodes' messages too: they are replaced, never changed.
     message.content = contribution.task

@@ -46,8 +46,8 @@ class KeyPair:
         """Return a fresh pair."""
         return cls(rng.random_bytes(32))
 
-    def agree(self, public: bytes, *labels: bytes) -> tuple[bytes, ...]:
-        """Return the 256-bit keys that both ends derive, one for each label.
+    def agree(self, public: bytes, *labels: bytes, length: int = 32) -> tuple[bytes, ...]:
+        """Return the keys of ``length`` bytes that both ends derive, one for each label.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class KeyPair:
         secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
         ends = b"".join(sorted((self.public, public)))
         return tuple(
-            HKDF(SHA256(), length=32, salt=None, info=label + ends).derive(secret)
+            HKDF(SHA256(), length=length, salt=None, info=label + ends).derive(secret)
             for label in labels
         )
 

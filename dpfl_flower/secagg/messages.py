@@ -32,6 +32,7 @@ __all__ = [
     "SharedKeys",
     "SignedSurvivors",
     "Stage",
+    "Token",
     "UnmaskRequest",
     "Unmasked",
 ]
@@ -117,6 +118,14 @@ class SharedKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Token:
+    """What only two nodes know: shown by one of them once it has masked with ``node_id``."""
+
+    node_id: int
+    token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskRequest:
     """Mask your vector: these are the peers that shared, and what they sealed for you."""
 
@@ -127,19 +136,23 @@ class MaskRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masked:
-    """A masked vector as `Modulus.pack` packs it."""
+    """A masked vector as `Modulus.pack` packs it.
+
+    ``tokens``, of a node with a roster, prove to each peer that the mask they share is in it.
+    """
 
     stage: ClassVar[Stage] = Stage.MASK
     vector: NDArray[np.uint8] = field(repr=False)
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcknowledgeRequest:
-    """Sign that these of your peers sent a masked vector."""
+    """Sign that these of your peers sent a vector masked with you: the tokens prove it."""
 
     stage: ClassVar[Stage] = Stage.ACKNOWLEDGE
     server_round: int
-    survivors: tuple[int, ...]
+    survivors: tuple[Token, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

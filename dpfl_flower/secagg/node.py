@@ -11,6 +11,7 @@ is in `NodeRules` and in the errors named here; what that is worth is in docs/th
 """
 
 import dataclasses
+import hmac
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from dpfl_flower.secagg.messages import (
     Share,
     SharedKeys,
     ShareRequest,
+    Token,
     Unmasked,
     UnmaskRequest,
 )
@@ -146,14 +148,17 @@ def share_keys(
     seed = rng.random_bytes(shamir.SECRET_BYTES)
     seed_shares = shamir.split(seed, threshold=threshold, count=count, rng=rng)
     key_shares = shamir.split(state.mask_private, threshold=threshold, count=count, rng=rng)
-    sealed, opening = [], []
+    sealed, opening, shown, expected = [], [], [], []
     for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=True):
         label = state.session.label("seal", state.node_id, peer.node_id)
         back = state.session.label("seal", peer.node_id, state.node_id)
-        key, key_back = _agree(sealing, peer.seal_key, label, back)
+        # 32 bytes to seal with, 32 to prove later that this pair's mask is in a vector.
+        out, into = _agree(sealing, peer.seal_key, label, back, length=64)
         plain = seed_share + key_share
-        sealed.append(Sealed(node_id=peer.node_id, sealed=seal(key, plain, label, rng)))
-        opening.append(OpeningKey(node_id=peer.node_id, key=key_back))
+        sealed.append(Sealed(node_id=peer.node_id, sealed=seal(out[:32], plain, label, rng)))
+        opening.append(OpeningKey(node_id=peer.node_id, key=into[:32]))
+        shown.append(Token(node_id=peer.node_id, token=out[32:]))
+        expected.append(Token(node_id=peer.node_id, token=into[32:]))
     shared = dataclasses.replace(
         state,
         seed=seed,
@@ -161,6 +166,8 @@ def share_keys(
         peers=peers,
         members=members,
         opening=tuple(opening),
+        shown=tuple(shown) if rules.roster is not None else (),
+        expected=tuple(expected) if rules.roster is not None else (),
         seal_private=b"",
     )
     seal_of_seed = commitment(seed, state.session.label("commit", state.node_id))
@@ -226,8 +233,11 @@ def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked
         label = state.session.pair_label(state.node_id, peer)
         (subtract if state.node_id < peer else add).extend(_agree(masking, public[peer], label))
     apply_masks(words, modulus, add=add, subtract=subtract)
-    kept = dataclasses.replace(state, seed=b"", mask_private=b"", peers=_without_keys(state))
-    return kept, Masked(vector=modulus.pack(words))
+    kept = dataclasses.replace(
+        state, seed=b"", mask_private=b"", peers=_without_keys(state), shown=()
+    )
+    tokens = tuple(item for item in state.shown if item.node_id in state.sharers)
+    return kept, Masked(vector=modulus.pack(words), tokens=tokens)
 
 
 def acknowledge(
@@ -238,12 +248,20 @@ def acknowledge(
     Raises
     ------
     Refused
-        MALFORMED, TOO_FEW_NODES, UNCONFIRMED where this node has no identity to sign with.
+        MALFORMED, TOO_FEW_NODES, UNCONFIRMED where a peer does not prove that the mask it shares
+        with this node is in its vector, or this node has no identity to sign with.
     """
-    survivors = tuple(sorted(request.survivors))
+    survivors = tuple(sorted(item.node_id for item in request.survivors))
     check_survivors(state, survivors, rules)
     if rules.identity is None:
         raise Refused(Refusal.UNCONFIRMED, "this node has no identity to sign with")
+    expected = {item.node_id: item.token for item in state.expected}
+    for item in request.survivors:
+        if not hmac.compare_digest(item.token, expected.get(item.node_id, b"")):
+            raise Refused(
+                Refusal.UNCONFIRMED,
+                f"node {item.node_id} does not prove that it masked its vector with this node",
+            )
     statement = survivors_statement(state.session, state.node_id, joined_ids(survivors))
     signed = dataclasses.replace(state, survivors=survivors)
     return signed, Acknowledged(signature=rules.identity.sign(statement))
@@ -285,9 +303,9 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
     )
 
 
-def _agree(own: KeyPair, public: bytes, *labels: bytes) -> tuple[bytes, ...]:
+def _agree(own: KeyPair, public: bytes, *labels: bytes, length: int = 32) -> tuple[bytes, ...]:
     try:
-        return own.agree(public, *labels)
+        return own.agree(public, *labels, length=length)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, "a peer's key is no usable X25519 key") from error
 

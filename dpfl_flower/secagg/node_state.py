@@ -9,7 +9,7 @@ ValueError: min_cohort=1 must be >= 2: a sum of one is no sum
 from dataclasses import dataclass, field
 
 from dpfl_flower import checks
-from dpfl_flower.secagg.messages import PeerKeys
+from dpfl_flower.secagg.messages import PeerKeys, Token
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.session import Session
 
@@ -91,6 +91,8 @@ class NodeState:
         The neighbours on the roster; all neighbours where there is none.
     opening : tuple of OpeningKey
         Until the peers' shares are opened.
+    shown, expected : tuple of Token
+        With a roster: what the node shows to peers that it has masked with, and what these show.
     held : tuple of HeldShares
     survivors : tuple of int
         The peers it signed as survivors.
@@ -110,6 +112,8 @@ class NodeState:
     members: tuple[int, ...] = ()
     sharers: tuple[int, ...] = ()
     opening: tuple[OpeningKey, ...] = ()
+    shown: tuple[Token, ...] = ()
+    expected: tuple[Token, ...] = ()
     held: tuple[HeldShares, ...] = ()
     survivors: tuple[int, ...] = ()
 

@@ -37,6 +37,7 @@ from dpfl_flower.secagg.messages import (
     SharedKeys,
     ShareRequest,
     SignedSurvivors,
+    Token,
     Unmasked,
     UnmaskRequest,
 )
@@ -203,12 +204,17 @@ class Masking(ServerStage):
         modulus = Modulus(self.plan.bits)
         total = modulus.zeros(self.plan.width)
         survivors = []
+        tokens: dict[int, dict[int, bytes]] = {}
         for node, reply in self._of(Masked, replies):
+            shown = {item.node_id: item.token for item in reply.tokens}
+            if self.plan.rosters and shown.keys() != set(self._sharing_peers(node)):
+                continue
             try:
                 modulus.add_packed(total, reply.vector)
             except ValueError:
                 continue
             survivors.append(node)
+            tokens[node] = shown
         self.plan.require(survivors, "sent a masked vector")
         masked = MaskedSum(
             self.plan,
@@ -221,7 +227,7 @@ class Masking(ServerStage):
             tuple(survivors),
         )
         masked.require_holders(survivors)
-        return Acknowledging(masked) if self.plan.rosters else Unmasking(masked, {})
+        return Acknowledging(masked, tokens) if self.plan.rosters else Unmasking(masked, {})
 
     def _sharing_peers(self, node: int) -> tuple[int, ...]:
         return tuple(peer for peer in self.graph[node] if peer in self.sealed)
@@ -229,9 +235,13 @@ class Masking(ServerStage):
 
 @dataclass(frozen=True)
 class Acknowledging(ServerStage):
-    """Waits for signatures under the lists of survivors; only where nodes have rosters."""
+    """Waits for signatures under the lists of survivors; only where nodes have rosters.
+
+    ``tokens`` holds what each survivor shows to its peers.
+    """
 
     masked: MaskedSum
+    tokens: Mapping[int, Mapping[int, bytes]]
 
     @property
     def plan(self) -> RoundPlan:
@@ -244,7 +254,11 @@ class Acknowledging(ServerStage):
         server_round = self.plan.session.server_round
         return {
             node: AcknowledgeRequest(
-                server_round=server_round, survivors=self.masked.surviving_peers(node)
+                server_round=server_round,
+                survivors=tuple(
+                    Token(node_id=peer, token=self.tokens[peer][node])
+                    for peer in self.masked.surviving_peers(node)
+                ),
             )
             for node in self.masked.survivors
         }

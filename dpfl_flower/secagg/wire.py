@@ -4,8 +4,8 @@ A message becomes one ConfigRecord: numbers, text and bytes as they are, a tuple
 one list for each of its fields. A masked vector travels in an ArrayRecord beside it. Whatever is
 read is checked field by field; nothing in it is executed.
 
->>> from dpfl_flower.secagg.messages import AcknowledgeRequest
->>> request = AcknowledgeRequest(server_round=2, survivors=(5, 7))
+>>> from dpfl_flower.secagg.messages import UnmaskRequest
+>>> request = UnmaskRequest(server_round=2, survivors=(5, 7), dropped=())
 >>> decode_request(encode(request)) == request
 True
 """
@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from dpfl_flower import records
 from dpfl_flower.secagg import messages
-from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage
+from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage, Token
 from dpfl_flower.wire import read_array
 
 __all__ = ["decode_reply", "decode_request", "encode", "from_config", "to_config"]
@@ -38,10 +38,19 @@ _REPLIES: Final[Mapping[int, type[Reply]]] = {
 _MAX_INT: Final = 2**64 - 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """The part of a masked reply that is no array."""
+
+    tokens: tuple[Token, ...]
+
+
 def encode(message: Request | Reply) -> RecordDict:
     """Return the records that carry ``message``."""
     if isinstance(message, Masked):
-        content = RecordDict({records.SECAGG: ConfigRecord({_STAGE: int(message.stage)})})
+        config = to_config(_Tokens(tokens=message.tokens))
+        config[_STAGE] = int(message.stage)
+        content = RecordDict({records.SECAGG: config})
         content[records.MASKED] = ArrayRecord({records.SUM: Array(message.vector)})
         return content
     config = to_config(message)
@@ -63,14 +72,16 @@ def decode_request(content: RecordDict) -> Request:
 def decode_reply(content: RecordDict) -> Reply:
     """Return the reply in ``content``; errors as for `decode_request`."""
     record = content.config_records.get(records.SECAGG)
-    if record is not None and dict(record) == {_STAGE: int(Stage.MASK)}:
+    if record is not None and record.get(_STAGE) == int(Stage.MASK):
+        rest = {name: value for name, value in record.items() if name != _STAGE}
+        tokens = from_config(_Tokens, rest).tokens
         try:
             vector = read_array(content.array_records[records.MASKED][records.SUM])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("the masked vector is missing or no array") from error
         if vector.dtype != np.uint8 or vector.ndim != 1:
             raise ValueError(f"vector={vector.dtype}{list(vector.shape)} must be flat uint8")
-        return Masked(vector=vector.view(np.uint8))
+        return Masked(vector=vector.view(np.uint8), tokens=tokens)
     return _decode(content, _REPLIES)
 
 

@@ -405,6 +405,15 @@ def test_what_is_not_reduced_modulo_the_plans_bits_is_never_masked(bad):
     assert summed.vector(fine).tolist() == [1, 2, 3, 2**32 - 1]
 
 
+def test_with_a_roster_a_plan_counts_on_no_more_survivors_than_the_threshold_makes_certain():
+    sent = content(request(dimension=4))
+    for certain in (None, 3, 4):
+        assert contribution_for(sent, {}, width=4, bits=32, most_survivors=certain)
+    with pytest.raises(NodeError, match="min_survivors=3 must be <= 2") as refused:
+        contribution_for(sent, {}, width=4, bits=32, most_survivors=2)
+    assert refused.value.code == NodeErrorCode.POLICY_REFUSED
+
+
 @pytest.mark.parametrize(("width", "bits"), [(8, 32), (4, 31)])
 def test_masks_of_another_length_or_modulus_than_the_plans_are_refused(width, bits):
     with pytest.raises(NodeError) as refused:

@@ -116,7 +116,11 @@ def test_only_the_masked_vector_leaves():
     exchange = nodes.go(until="mask")
     reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1]))
     assert set(reply.content) == {records.SECAGG, records.MASKED}
-    assert dict(reply.content[records.SECAGG]) == {"stage": int(Stage.MASK)}
+    assert dict(reply.content[records.SECAGG]) == {
+        "stage": int(Stage.MASK),
+        "tokens.node_id": [],
+        "tokens.token": [],
+    }
     sent = all_bytes(reply)
     assert np.float64(SECRET).tobytes() not in sent
     assert b"num-examples" not in sent

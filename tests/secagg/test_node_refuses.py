@@ -9,7 +9,14 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from dpfl_flower.secagg import Identity, Refusal, Refused, Roster, RoundAbandoned, SecureSum, node
-from dpfl_flower.secagg.messages import AdvertiseRequest, SignedSurvivors, Stage, UnmaskRequest
+from dpfl_flower.secagg.messages import (
+    AcknowledgeRequest,
+    AdvertiseRequest,
+    SignedSurvivors,
+    Stage,
+    Token,
+    UnmaskRequest,
+)
 from dpfl_flower.secagg.node_state import NodeRules, Party
 from dpfl_flower.secagg.server import Advertising
 from dpfl_flower.secagg.session import node_bytes
@@ -249,6 +256,34 @@ def test_unmasking_without_signing_first_where_there_is_a_roster():
         node.acknowledge(cast.states[1], request, NodeRules())
 
 
+def test_a_survivor_has_to_prove_that_its_mask_with_this_node_is_in_its_vector():
+    """The server tells node 2 that node 1 never shared: node 2's vector lacks their mask.
+
+    Without the proof node 1 would hand out its share of node 2's seed, though its own vector need
+    not be in the sum for node 2's to come out.
+    """
+    cast = Cast(vectors(NODES), with_rosters(NODES))
+    stage = Advertising(plan(NODES, rosters=True))
+    while (request := stage.requests[2]).stage is not Stage.MASK:
+        stage = stage.receive(cast.answer_all(stage))
+    replies = {}
+    for n in NODES:
+        asked = stage.requests[n]
+        if n == 2:
+            kept = tuple(item for item in request.sealed if item.node_id != 1)
+            asked = dataclasses.replace(request, sealed=kept)
+        cast.states[n], replies[n] = cast.answer(n, asked)
+    assert {item.node_id for item in replies[2].tokens} == {3, 4, 5}
+    shown = {n: {item.node_id: item.token for item in replies[n].tokens} for n in NODES}
+    honest = AcknowledgeRequest(
+        server_round=1, survivors=tuple(Token(node_id=n, token=shown[n][1]) for n in (3, 4, 5))
+    )
+    cast.answer(1, honest)
+    for made_up in (b"", bytes(32), shown[2][3], shown[1][2]):
+        lie = (*honest.survivors, Token(node_id=2, token=made_up))
+        assert refusal(cast, honest, survivors=lie) is Refusal.UNCONFIRMED
+
+
 def test_a_confirmation_of_another_round_does_not_count():
     rules = with_rosters(NODES)
     cast, request = at(Stage.UNMASK, rules=rules, rosters=True)
@@ -299,7 +334,9 @@ def test_a_server_that_isolates_one_node_on_a_sparse_graph_needs_nodes_without_r
     signed = {}
     if rosters:
         for n in nodes:
-            request = dataclasses.replace(stage.requests[n], survivors=told[n])
+            asked = stage.requests[n]
+            left = tuple(item for item in asked.survivors if item.node_id in told[n])
+            request = dataclasses.replace(asked, survivors=left)
             cast.states[n], reply = cast.answer(n, request)
             signed[n] = SignedSurvivors(
                 node_id=n,

@@ -226,6 +226,7 @@ def test_every_message_and_state_survives_its_records():
             again = decode_reply(encode(reply))
             if reply.stage is Stage.MASK:
                 np.testing.assert_array_equal(again.vector, reply.vector)
+                assert again.tokens == reply.tokens
             else:
                 assert again == reply
         for state in cast.states.values():
