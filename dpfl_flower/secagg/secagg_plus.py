@@ -165,7 +165,11 @@ class _Exchange(SecureExchange):
         for node, content in replies.items():
             try:
                 decoded[node] = decode_reply(content)
-            except ValueError:
-                log.warning("A malformed reply of node %d counts as a dropout", node)
+            except Exception as malformed:  # whatever a node wrote must not end the run
+                log.warning(
+                    "A malformed reply of node %d counts as a dropout (%s)",
+                    node,
+                    type(malformed).__name__,
+                )
         following = self.inner.receive(decoded)
         return following if isinstance(following, SecureSum) else _Exchange(following)

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from dpfl_flower import records
@@ -15,10 +15,23 @@ from dpfl_flower.accounting import (
     PrivacyBudget,
 )
 from dpfl_flower.client import secure_aggregation_mod
+from dpfl_flower.client.contribution import contribution_for
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
-from dpfl_flower.secagg import SecAggPlus
+from dpfl_flower.secagg import (
+    RoundAbandoned,
+    SecAggPlus,
+    SecureAggregation,
+    SecureExchange,
+    SecureSum,
+)
 from dpfl_flower.simulation import Fault, InProcessGrid
-from dpfl_strategies import AllClientsFailed, DPFedAvg, NumExamplesWeighting, Weighting
+from dpfl_strategies import (
+    AllClientsFailed,
+    CheckpointError,
+    DPFedAvg,
+    NumExamplesWeighting,
+    Weighting,
+)
 
 NODES = 6
 
@@ -209,7 +222,7 @@ def test_late_and_foreign_replies_are_ignored():
     made = strategy(noise_seed=4, secure_aggregation=SecAggPlus())
     with InProcessGrid(app(secure=True), num_supernodes=NODES) as grid:
         arrays = made.prepare(model(), 1)
-        messages = made.configure_train(1, arrays, records_config(), grid)
+        messages = made.configure_train(1, arrays, ConfigRecord({}), grid)
         earlier = []
         while messages is not None:
             replies = list(grid.send_and_receive(messages))
@@ -220,17 +233,11 @@ def test_late_and_foreign_replies_are_ignored():
     same(run(strategy(noise_seed=4), secure=False, rounds=1).arrays, released)
 
 
-def records_config():
-    from flwr.app import ConfigRecord
-
-    return ConfigRecord({})
-
-
 def test_a_loop_of_ones_own_has_to_go_through_all_stages():
     made = strategy(secure_aggregation=SecAggPlus())
     with InProcessGrid(app(secure=True), num_supernodes=NODES) as grid:
         arrays = made.prepare(model(), 1)
-        replies = grid.send_and_receive(made.configure_train(1, arrays, records_config(), grid))
+        replies = grid.send_and_receive(made.configure_train(1, arrays, ConfigRecord({}), grid))
         with pytest.raises(RuntimeError, match="waits for further messages"):
             made.aggregate_train(1, replies)
         made.close()
@@ -330,8 +337,6 @@ def test_settings_that_make_no_sense(changes, match):
 
 
 def test_a_checkpoint_of_one_trust_is_not_gone_on_with_under_another(tmp_path):
-    from dpfl_strategies import CheckpointError
-
     run(strategy(checkpoint_dir=tmp_path), secure=False, rounds=1)
     with pytest.raises(CheckpointError, match="nodes="):
         run(
@@ -345,3 +350,64 @@ def test_the_log_names_the_trust(caplog):
     caplog.set_level(logging.INFO)
     run(strategy(secure_aggregation=SecAggPlus()), secure=True, rounds=1)
     assert any("Trust: secure" in logged.getMessage() for logged in caplog.records)
+
+
+# The extension point.
+
+
+class Notary(SecureAggregation):
+    """Not secure at all: one exchange, sums in the clear. What another protocol has to bring."""
+
+    max_cohort = None
+
+    def check_population(self, population):
+        pass
+
+    def begin(self, request):
+        return NotaryExchange(request)
+
+
+class NotaryExchange(SecureExchange):
+    stage = "notary"
+    carries_task = True
+
+    def __init__(self, request):
+        self.request = request
+
+    @property
+    def requests(self):
+        record = ConfigRecord({"width": self.request.width, "bits": self.request.bits})
+        return {node: RecordDict({"notary": record}) for node in self.request.nodes}
+
+    def receive(self, replies):
+        if len(replies) < 4:
+            raise RoundAbandoned("too few came to the notary")
+        parts = [reply["notary"]["sum"].numpy() for reply in replies.values()]
+        return SecureSum(np.sum(parts, axis=0), tuple(replies))
+
+
+def notary_mod(message, context, call_next):
+    told = message.content["notary"]
+    made = contribution_for(message.content, {}, width=told["width"], bits=told["bits"])
+    message.content = made.task
+    vector = made.vector(call_next(message, context).content)
+    return Message(RecordDict({"notary": ArrayRecord({"sum": Array(vector)})}), reply_to=message)
+
+
+def test_another_protocol_takes_two_classes_and_a_mod():
+    other = ClientApp()
+    other.train(mods=[notary_mod])(train)
+    made = strategy(noise_seed=4, secure_aggregation=Notary())
+    with InProcessGrid(other, num_supernodes=NODES) as grid:
+        released = made.start(grid, model(), num_rounds=2).arrays
+    same(run(strategy(noise_seed=4), secure=False, rounds=2).arrays, released)
+    silent = dropping_all_but(3)
+    with (
+        InProcessGrid(other, num_supernodes=NODES, fault=silent) as grid,
+        pytest.raises(AllClientsFailed),
+    ):
+        strategy(secure_aggregation=Notary()).start(grid, model(), num_rounds=5)
+
+
+def dropping_all_but(count):
+    return lambda m: Fault.SILENT if m.metadata.dst_node_id >= 1000 + count else None
