@@ -34,7 +34,7 @@ from dpfl_flower.rng import secure
 
 NODES, CONCENTRATION, TEST = 10, 0.5, 1000
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
-ROUNDS, STEPS, RATE, EXPECTED, DELTA, CLIP_NORM, LEARNING_RATE = 15, 10, 0.1, 40.0, 1e-4, 1.0, 1.0
+ROUNDS, STEPS, RATE, EXPECTED, DELTA, CLIP_NORM, LEARNING_RATE = 10, 10, 0.1, 40.0, 1e-4, 1.0, 1.0
 BAR = 0.98
 LOSS = nn.CrossEntropyLoss(reduction="none")
 Arrays = list[NDArray[np.float32]]

@@ -44,7 +44,7 @@ class NoisyGradient:
     rng: RandomSource
 
     def __call__(self, total: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy mean, in the shapes of ``total``; float64 where there is noise."""
+        """Return the noisy mean, in the shapes and the dtype of ``total``."""
         if self.stddev == 0:
             return [tensor / self.divisor for tensor in total]
         sizes = [tensor.numel() for tensor in total]
@@ -52,8 +52,9 @@ class NoisyGradient:
         if (device := total[0].device).type == "cuda":
             noise = noise.pin_memory().to(device, non_blocking=True)
         grid = self.stddev * _GRID
-        noisy = noise.mul_(self.stddev).add_(torch.cat([tensor.flatten() for tensor in total]))
-        noisy = noisy.div_(grid).round_().mul_(grid).div_(self.divisor)
+        flat = torch.cat([tensor.flatten() for tensor in total])
+        cells = noise.mul_(1 / _GRID).add_(flat, alpha=1 / grid).round_()
+        noisy = cells.mul_(grid / self.divisor).to(flat.dtype)
         return [
             part.view(tensor.shape)
             for part, tensor in zip(torch.split(noisy, sizes), total, strict=True)
