@@ -95,7 +95,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return one row of logits per sequence."""
         # One row of positions per record, so that each record's gradient can be told apart.
-        where = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        where = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         hidden = self.blocks(self.tokens(ids) + self.positions(where))
         return self.head(self.normal(hidden).mean(1))  # type: ignore[no-any-return]
 

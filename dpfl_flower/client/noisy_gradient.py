@@ -51,16 +51,16 @@ class NoisyGradient:
     rng: RandomSource
 
     def __call__(self, total: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy mean, in the shapes of ``total``; float64 where there is noise."""
+        """Return the noisy mean, in the shapes and the dtype of ``total``."""
         if self.noise_multiplier == 0:
             return [tensor / self.divisor for tensor in total]
         sizes = [tensor.numel() for tensor in total]
         grid = sum_grid(self.noise_multiplier, sum(sizes))
-        device = total[0].device
-        dither, noise = self._draw(grid, device)
+        flat = torch.cat([tensor.flatten() for tensor in total])
+        dither, noise = self._draw(grid, flat.device)
         unit = self.clip_norm / grid.clip_units
-        noisy = torch.cat([tensor.flatten() for tensor in total]).double()
-        noisy.div_(unit).add_(dither).floor_().add_(noise).mul_(unit / self.divisor)
+        cells = dither.add_(flat, alpha=1 / unit).floor_().add_(noise)
+        noisy = cells.mul_(unit / self.divisor).to(flat.dtype)
         return [
             part.view(tensor.shape)
             for part, tensor in zip(torch.split(noisy, sizes), total, strict=True)

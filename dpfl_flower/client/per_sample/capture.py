@@ -39,6 +39,7 @@ class Capture:
             module.register_forward_hook(self._forward, with_kwargs=True) for module in self._owners
         ]
         self._called: set[nn.Module] = set()
+        self._least = {module: least_dimensions(module) for module in self._owners}
         self._records = 0
         self._first: list[GradientEdge] = []
         self._found: list[Contribution] = []
@@ -116,9 +117,9 @@ class Capture:
 
     def arrived(self, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
         """Take the gradient in a layer's output."""
-        enough = inputs.dim() >= least_dimensions(module)
+        enough = inputs.dim() >= self._least[module]
         for tensor in (inputs, gradients):
-            if not enough or len(tensor) != self._records:
+            if not enough or tensor.shape[0] != self._records:
                 raise ModelRefused(
                     f"{type(module).__name__} gets or returns a tensor of shape "
                     f"{tuple(tensor.shape)} for {self._records} records: its first dimension must "

@@ -2,8 +2,8 @@
 
 >>> squares = torch.tensor([0.25, 4.0, math.nan], dtype=torch.float64)
 >>> scaled = Clip(1.0).scaling([squares])
->>> [round(float(factor), 6) for factor in scaled.factors[0]], scaled.dropped.tolist()
-([1.0, 0.5, 0.0], [False, False, True])
+>>> [round(float(factor), 6) for factor in scaled.factors[0]], scaled.dropped
+([1.0, 0.5, 0.0], tensor([False, False,  True]))
 """
 
 import math
@@ -44,24 +44,17 @@ class Scaling:
     ----------
     factors : sequence of Tensor
         For each layer one factor per record, float64; 0 where the record is dropped.
-    dropped : Tensor
-        Which records count as zeros: what is not finite cannot be scaled to zero by a factor.
+    dropped : Tensor, optional
+        Which records count as zeros: what is not finite cannot be scaled to zero by a factor. None
+        where no record does; on an accelerator, for which the host would have to wait to know, that
+        is not looked at.
     norms : Tensor
         Of the whole gradients, before clipping, float64.
     """
 
     factors: Sequence[Tensor]
-    dropped: Tensor
+    dropped: Tensor | None
     norms: Tensor
-
-    def needed(self) -> Tensor | None:
-        """Return ``dropped``, or None where no record is.
-
-        On an accelerator always ``dropped``: to look would make the host wait for the device.
-        """
-        if self.dropped.device.type == "cpu" and not bool(self.dropped.any()):
-            return None
-        return self.dropped
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,8 @@ class Clip:
         """
         total = squares[0] if len(squares) == 1 else torch.stack(list(squares)).sum(0)
         norms = total.sqrt()
-        dropped = ~(norms <= self.norm * _LIMIT)  # true for nan
+        kept = norms <= self.norm * _LIMIT  # false for nan
+        dropped = None if kept.device.type == "cpu" and bool(kept.all()) else ~kept
         if self.by_layer:
             bound = self.norm / math.sqrt(layers)
             factors = [self._factors(square.sqrt(), bound, dropped) for square in squares]
@@ -117,9 +111,9 @@ class Clip:
             factors = [self._factors(norms, self.norm, dropped)] * len(squares)
         return Scaling(factors, dropped, norms)
 
-    def _factors(self, norms: Tensor, bound: float, dropped: Tensor) -> Tensor:
+    def _factors(self, norms: Tensor, bound: float, dropped: Tensor | None) -> Tensor:
         if self.style is ClipStyle.AUTOMATIC:
             factors = (bound * _MARGIN) / (norms + _STABILITY)
         else:
             factors = (bound * _MARGIN / norms).clamp_(max=1.0)
-        return factors.masked_fill_(dropped, 0.0)
+        return factors if dropped is None else factors.masked_fill_(dropped, 0.0)

@@ -34,7 +34,8 @@ def per_example_losses(outputs: Any, targets: Tensor, loss_fn: LossFunction) -> 
     """
     losses = loss_fn(outputs, targets)
     records = len(targets)
-    if losses.dim() == 0 or len(losses) != records or losses.numel() != records:
+    shape = losses.shape
+    if not shape or shape[0] != records or shape.numel() != records:
         raise ValueError(
             f"loss_fn returned shape {tuple(losses.shape)} for {records} records; it must return "
             'one loss per record: build it with reduction="none"'
@@ -66,11 +67,20 @@ class PerExampleClipper(ABC):
         self.loss_fn = loss_fn
         self.clip = clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.norms: Tensor | None = None
-        """Of the gradients of the last batch, before clipping, nan where dropped. Private."""
+        self._last: Scaling | None = None
         self._autocast = autocast
         self._layer_of = _layers(model)
         self._layers = 1 + max(self._layer_of.values(), default=0)
+
+    @property
+    def norms(self) -> Tensor | None:
+        """The norms of the last batch's gradients, before clipping, nan where dropped: private.
+
+        None where no gradient was seen.
+        """
+        if self._last is None or self._last.dropped is None:
+            return None if self._last is None else self._last.norms
+        return self._last.norms.masked_fill(self._last.dropped, torch.nan)
 
     def zeros(self) -> list[Tensor]:
         """Return the sum over no records: a tensor of at least float32 per parameter."""
@@ -81,7 +91,7 @@ class PerExampleClipper(ABC):
 
         A record whose gradient holds NaN or inf contributes zeros.
         """
-        self.norms = None
+        self._last = None
         if len(batch[-1]) == 0:
             return self.zeros()
         try:
@@ -138,29 +148,26 @@ class PerExampleClipper(ABC):
 
     def _scaling(self, squares: Sequence[tuple[nn.Parameter, Tensor]]) -> Scaling:
         # One factor per record for each of squares, in order; a pair names any of its parameters.
+        if not self.clip.by_layer:
+            self._last = self.clip.scaling([square for _, square in squares])
+            return self._last
         by_layer: dict[int, Tensor] = {}
         for parameter, square in squares:
-            layer = self._layer_of[parameter] if self.clip.by_layer else 0
+            layer = self._layer_of[parameter]
             by_layer[layer] = by_layer[layer] + square if layer in by_layer else square
         # How many layers there are is public; which of them a batch used is not.
-        scaling = self.clip.scaling(
-            list(by_layer.values()), layers=self._layers if self.clip.by_layer else 1
-        )
+        scaling = self.clip.scaling(list(by_layer.values()), layers=self._layers)
         of_layer = dict(zip(by_layer, scaling.factors, strict=True))
-        if not self.clip.by_layer:
-            factors = [scaling.factors[0]] * len(squares)
-        else:
-            factors = [of_layer[self._layer_of[parameter]] for parameter, _ in squares]
-        self.norms = scaling.norms.masked_fill(scaling.dropped, torch.nan)
-        return Scaling(factors, scaling.dropped, scaling.norms)
+        factors = [of_layer[self._layer_of[parameter]] for parameter, _ in squares]
+        self._last = Scaling(factors, scaling.dropped, scaling.norms)
+        return self._last
 
     def _sum_held(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         # From each record's gradient of each parameter.
         held = [Held((p,), [g]) for p, g in zip(self.parameters, gradients, strict=True)]
         scaling = self._scaling([(h.parameters[0], h.squares()) for h in held])
-        dropped = scaling.needed()
         return [
-            h.weighted_sums(f, dropped)[0].to(wide(p))
+            h.weighted_sums(f, scaling.dropped)[0].to(wide(p))
             for h, f, p in zip(held, scaling.factors, self.parameters, strict=True)
         ]
 

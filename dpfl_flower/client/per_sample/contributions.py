@@ -112,18 +112,26 @@ class Outer(Contribution):
 
     def squares(self) -> Tensor:
         """Return ``|b|^2 (|a|^2 + 1)``, the 1 for the bias."""
-        of_inputs = squared_norms(self._inputs)
-        of_inputs = of_inputs.masked_fill_(of_inputs > _LARGEST_INPUT**2, math.inf)
-        if len(self.parameters) > 1:
-            of_inputs += 1
-        return of_inputs.mul_(squared_norms(self._gradients))
+        return self.squares_of([self])[0]
+
+    @staticmethod
+    def squares_of(parts: Sequence["Outer"]) -> Tensor:
+        """Return the squares of several layers at once, one row each."""
+        inputs = torch.stack([norms(part._inputs) for part in parts])
+        inputs.masked_fill_(inputs > _LARGEST_INPUT, math.inf).square_()
+        biases = [len(part.parameters) > 1 for part in parts]
+        if all(biases):
+            inputs += 1
+        elif any(biases):
+            inputs[biases] += 1
+        return inputs.mul_(torch.stack([norms(part._gradients) for part in parts]).square_())
 
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix product, and one sum for the bias."""
         gradients = _without(self._gradients, dropped)
-        scaled = gradients * factors.to(gradients.dtype).unsqueeze(1)
-        sums = [scaled.t() @ _without(self._inputs, dropped)]
-        return sums if len(self.parameters) == 1 else [*sums, scaled.sum(0)]
+        scaled = gradients.t() * factors.to(gradients.dtype)
+        sums = [scaled @ _without(self._inputs, dropped)]
+        return sums if len(self.parameters) == 1 else [*sums, scaled.sum(1)]
 
     def held(self) -> list[Tensor]:
         """Return the outer products."""
@@ -252,13 +260,27 @@ class Rows(Contribution):
         return [tables.view(self._records, rows * wide)]
 
 
-def squared_norms(rows: Tensor) -> Tensor:
-    """Return the squared L2 norm of each row, summed in float64.
+def total_squares(parts: Sequence[Contribution]) -> Tensor:
+    """Return the sum of `Contribution.squares` over the parts, with less work for small layers."""
+    outer = [part for part in parts if isinstance(part, Outer)]
+    totals = [part.squares() for part in parts if not isinstance(part, Outer)]
+    if outer:
+        totals.append(Outer.squares_of(outer).sum(0))
+    return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Return the L2 norm of each row, summed in float64.
 
     Squares of 1e-23 do not vanish and squares of 1e30 do not overflow.
     """
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square_()
+    found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return found
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Return the square of `norms`."""
+    return norms(rows).square_()
 
 
 def _without(rows: Tensor, dropped: Tensor | None) -> Tensor:

@@ -89,7 +89,7 @@ def least_dimensions(module: nn.Module) -> int:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
+    if tensor.dtype is torch.float32 or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -101,6 +101,8 @@ def _trainable(module: nn.Module, *names: str) -> tuple[nn.Parameter, ...]:
 
 
 def _linear(module: nn.Linear, inputs: Tensor, gradients: Tensor) -> list[Contribution]:
+    if inputs.dim() == 2 and module.weight.requires_grad:
+        return [Outer(_trainable(module, "weight", "bias"), inputs, gradients)]
     return _products(
         module,
         inputs.reshape(len(inputs), -1, inputs.shape[-1]),

@@ -117,7 +117,7 @@ class GhostClipper(_OpacusClipper):
             squares = [self._squares(p, len(losses)) for p in self.parameters]
             scaling = self._scaling(list(zip(self.parameters, squares, strict=True)))
             self._forget()
-            if not bool(scaling.dropped.any()):
+            if scaling.dropped is None or not bool(scaling.dropped.any()):
                 break
             # A weight of 0 would not do (0 * nan is nan): the record leaves the batch.
             batch = [tensor[~scaling.dropped] for tensor in batch]

@@ -10,7 +10,7 @@
 import torch
 from torch import Tensor, nn
 
-from dpfl_flower.client.per_sample.clip import Clip
+from dpfl_flower.client.per_sample.clip import Clip, Scaling
 from dpfl_flower.client.per_sample.clipper import Batch, PerExampleClipper, wide
 
 __all__ = ["Clip", "SingleClipper", "nn", "torch"]
@@ -47,5 +47,6 @@ class SingleClipper(PerExampleClipper):
             torch._foreach_add_(total, clipped)
             assert self.norms is not None
             norms.append(self.norms)
-        self.norms = torch.cat(norms)
+        whole = torch.cat(norms)
+        self._last = Scaling((), whole.isnan(), whole)
         return total
