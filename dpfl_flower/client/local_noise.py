@@ -254,7 +254,7 @@ def _charge(
             noise_multiplier=multiplier,
             epsilon=spent_after,
             delta=ledger.delta,
-            durable=ledger.durable,
+            durable=ledger.durable and node.chosen_by_node,
         )
         ledger.plan(node.run, event, noise.rounds, total_variation=variation)
         ledger.charge(node.run)

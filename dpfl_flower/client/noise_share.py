@@ -202,7 +202,7 @@ class NoiseShare:
                 noise_multiplier=plan.noise_multiplier if self._rng.protects else 0.0,
                 epsilon=spent_after,
                 delta=ledger.delta,
-                durable=ledger.durable,
+                durable=ledger.durable and self._ledger.chosen_by_node,
             )
             ledger.plan(
                 self._ledger.run,

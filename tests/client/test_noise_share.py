@@ -168,7 +168,8 @@ def test_max_epsilon_holds_over_all_runs_in_the_ledger(tmp_path):
     answered = 0
     with pytest.raises(NodeError, match="epsilon=") as refused:
         for run in range(20):
-            sums = share(NodeLedger("heart", path=path, run=f"run {run}"), policy=policy)
+            ledger = NodeLedger("heart", path=path, run=f"run {run}", chosen_by_node=True)
+            sums = share(ledger, policy=policy)
             sums.added(asked, zeros(asked))
             answered += 1
     assert refused.value.code == NodeErrorCode.POLICY_REFUSED

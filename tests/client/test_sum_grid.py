@@ -79,8 +79,8 @@ def test_a_sum_is_rounded_without_bias_and_its_low_bits_do_not_leave():
     release = NoisyGradient(1.0, 2.0, divisor, SeededRandom(3))
     grid = SumGrid.for_noise_multiplier(1.0, d)
     unit = 2.0 / grid.clip_units
-    (noisy,) = release([torch.full((d,), 0.3 * unit)])
-    integers = noisy.double() * divisor / unit
+    (noisy,) = release([torch.full((d,), 0.3 * unit, dtype=torch.float64)])
+    integers = noisy * divisor / unit
     assert (integers - integers.round()).abs().max() < 1e-6
     # Mean 0.3 of a unit, but for noise of 2^14 units: 6 standard errors.
     assert abs(float(integers.mean()) - 0.3) < 6 * grid.noise_units / math.sqrt(d)

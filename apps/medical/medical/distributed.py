@@ -23,9 +23,11 @@ def patients_of(context: Context) -> UserCohort:
     """Return the training patients of this node's hospital, each a privacy unit."""
     settings = Settings.parse(context.run_config)
     hospital = Hospital.of(context, run_dir=settings.run_dir)
-    x, y = design(Split.of(hospital.patients, seed=settings.split_seed).training)
-    rows: list[Row] = list(zip(x.astype(np.float64), y.astype(np.float64), strict=True))
-    return UserCohort(rows, local_update=gradient_step)
+    patients = Split.of(hospital.patients, seed=settings.split_seed).training
+    x, y = design(patients)
+    rows = zip(x.astype(np.float64), y.astype(np.float64), strict=True)
+    users: dict[str, Row] = {str(p.id): row for p, row in zip(patients, rows, strict=True)}
+    return UserCohort(users, local_update=gradient_step)
 
 
 def app_for(context: Context) -> ClientApp:
