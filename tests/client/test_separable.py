@@ -44,6 +44,13 @@ def test_a_layer_that_couples_or_remembers_records_is_refused_by_name(layer):
     assert isinstance(refused.value, ValueError)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_writes_to_itself_or_counts_over_the_batch_is_refused(kind, option):
+    with pytest.raises(ModelRefused, match=next(iter(option))):
+        require_trainable(nn.Sequential(kind(5, 3, **option)))
+
+
 def test_the_fix_that_is_named_works():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 9, 3))
     fixed = ModuleValidator.fix(model)

@@ -231,3 +231,10 @@ def test_a_layer_that_may_compute_something_else_has_no_rule():
     extra = nn.Linear(3, 2)
     extra.shift = nn.Parameter(torch.zeros(2))
     assert unsupported(extra) == ": Linear"
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_a_bag_is_averaged_over_what_is_not_padding(mode, n):
+    layer = nn.EmbeddingBag(3, 4, mode=mode, padding_idx=1)
+    agree(layer, [5], 3, n, ClipStyle.FLAT, with_engine="autograd")
