@@ -3,7 +3,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dpfl_flower.client import DPSGDClient
+from dpfl_flower.secagg import SecAggPlus
 from dpfl_strategies import DPFedAvg
+from tests.support.node import context
 from tests.support.recording_grid import RecordingGrid, adding, record
 
 README = Path(__file__).parent.parent / "README.md"
@@ -32,3 +35,19 @@ def test_the_readmes_one_changed_line_is_a_strategy():
     names = {}
     exec(code, names)
     assert isinstance(names["strategy"], DPFedAvg)
+
+
+def test_the_readmes_dp_sgd_client_trains_and_says_what_it_spent():
+    names = {}
+    exec(code_after("<!-- DP-SGD, executed by tests/test_readme.py -->"), names)
+    client = names["client_fn"](context())
+    assert isinstance(client, DPSGDClient)
+    client.fit(client.get_parameters({}), {})
+    assert 0 < client.privacy_claim()["epsilon"] <= 3.0
+
+
+def test_the_readmes_secure_strategy_is_one():
+    names = {}
+    exec(code_after("<!-- secure, executed by tests/test_readme.py -->"), names)
+    assert isinstance(names["strategy"], DPFedAvg)
+    assert isinstance(names["SecAggPlus"](), SecAggPlus)
