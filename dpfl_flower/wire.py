@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import records
 
-__all__ = ["answered_arrays", "answered_metrics", "num_examples", "read_array"]
+__all__ = ["answered_arrays", "answered_metrics", "num_examples", "read_array", "write_array"]
 
 _STYPE = "numpy.ndarray"
 _VERSIONS = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
@@ -75,6 +75,19 @@ def read_array(array: Array) -> NDArray[np.generic]:
         return np.empty(header.shape, header.dtype)
     flat = np.frombuffer(data, header.dtype, count=size, offset=body)
     return flat.reshape(header.shape, order=header.order)
+
+
+def write_array(array: NDArray[np.generic]) -> Array:
+    """Return ``Array(array)``, copied once instead of four times; for a flat, contiguous array.
+
+    >>> import numpy as np
+    >>> write_array(np.arange(3)).data == Array(np.arange(3)).data
+    True
+    """
+    stream = BytesIO()
+    npy.write_array_header_1_0(stream, npy.header_data_from_array_1_0(array))
+    data = b"".join((stream.getvalue(), np.ascontiguousarray(array).data))
+    return Array(dtype=str(array.dtype), shape=array.shape, stype=_STYPE, data=data)
 
 
 def answered_arrays(content: RecordDict) -> dict[str, NDArray[np.generic]]:

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from dpfl_flower import records
 from dpfl_flower.secagg import messages
 from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage, Token
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import read_array, write_array
 
 __all__ = ["decode_reply", "decode_request", "encode", "from_config", "to_config"]
 
@@ -51,7 +51,7 @@ def encode(message: Request | Reply) -> RecordDict:
         config = to_config(_Tokens(tokens=message.tokens))
         config[_STAGE] = int(message.stage)
         content = RecordDict({records.SECAGG: config})
-        content[records.MASKED] = ArrayRecord({records.SUM: Array(message.vector)})
+        content[records.MASKED] = ArrayRecord({records.SUM: write_array(message.vector)})
         return content
     config = to_config(message)
     config[_STAGE] = int(message.stage)
