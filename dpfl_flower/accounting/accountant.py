@@ -92,7 +92,8 @@ def quick_epsilon(events: Iterable[Event], *, delta: float, relation: Relation |
 
     What is small is priced exactly as by `epsilon`. Beyond 10,000 releases or eight distinct ones
     the price is a Rényi bound, where all of it has a curve and there are at most 16; else it is
-    what it costs when everybody takes part each time. Either holds, and is no less than the truth.
+    what it costs when everybody takes part each time, and infinite where only a curve has a price.
+    Either holds, and is no less than the truth.
 
     >>> rounds = [PoissonSampled(0.05, Gaussian(1.0))] * 200
     >>> round(quick_epsilon(rounds, delta=1e-5, relation="add-or-remove-one"), 4)
@@ -106,6 +107,8 @@ def quick_epsilon(events: Iterable[Event], *, delta: float, relation: Relation |
     curves = all(rdp.supports(event, price.relation) for event in price.counts)
     if curves and len(price.counts) <= _QUICK_CURVES:
         return rdp.compose(price.counts, price.relation).epsilon(delta)
+    if any(map(rdp.needed, price.counts)):
+        return math.inf
     mu, pure = _without_coins(price.counts, price.relation)
     return gaussian_epsilon(mu, delta) + pure
 

@@ -66,6 +66,11 @@ class Sampling(ABC):
                     "CustomSampling is priced without amplification"
                 )
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("event", "supports"):
+            raise TypeError(f"{type(self).__name__}.{name} cannot be overridden")
+        super().__setattr__(name, value)
+
     @property
     @abstractmethod
     def population(self) -> int:

@@ -43,8 +43,9 @@ from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.sample_sum import SampleSum
-from dpfl_flower.client.separable import require_trainable, unchanged_buffers
+from dpfl_flower.client.separable import require_trainable, restored_buffers
 from dpfl_flower.client.sum_grid import most_total_variation
+from dpfl_flower.client.torch_seed import seed_torch
 from dpfl_flower.rng import RandomSource, secure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -69,7 +70,8 @@ class DPSGDClient(NumPyClient):
     about a node's records is not private.
 
     Coins and noise come from `dpfl_flower.rng`, which no seed of torch, numpy or random moves. The
-    clipped sum is floating point, and moves by a clip norm but for its last bits; it is rounded to
+    clipped sum is floating point, and moves by a clip norm but for its last bits, and for what a
+    matrix product rounds otherwise in a batch of another size (docs/maths.md); it is rounded to
     integers with a fresh dither, and the noise is integers from a table, so that what leaves is
     the Gaussian mechanism that is charged (see `SumGrid`), and the low bits of a sum never leave.
 
@@ -260,7 +262,7 @@ class DPSGDClient(NumPyClient):
         )
         self._model.train()
         with (
-            unchanged_buffers(self._model),
+            torch.random.fork_rng([self._device] if self._device.type == "cuda" else []),
             kind(
                 self._model,
                 self._loss_fn,
@@ -273,7 +275,10 @@ class DPSGDClient(NumPyClient):
                 clipper.clip = Clip(clip_norms.current, config.clip_style)
                 sample = SampleSum(clipper, self._records)
                 for indices in self._sample():
-                    sample.add(indices)
+                    # Dropout masks that somebody can foretell would tie records to their places.
+                    seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"))
+                    with restored_buffers(self._model):
+                        sample.add(indices)
                 noisy = release(sample.total, clip_norm=clip_norms.current)
                 clip_norms.update(sample.fitting)
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):

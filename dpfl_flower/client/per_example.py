@@ -13,6 +13,7 @@ from enum import StrEnum
 import torch
 from torch import nn
 
+from dpfl_flower import checks
 from dpfl_flower.client.per_sample.bookkeeping import BookKeepingClipper
 from dpfl_flower.client.per_sample.clip import Clip, ClipStyle
 from dpfl_flower.client.per_sample.clipper import (
@@ -83,7 +84,12 @@ def per_example_clipper(
     autocast: bool = False,
 ) -> PerExampleClipper:
     """Return the clipper of ``engine`` for ``model``, to be used in a ``with`` statement."""
-    engine = GradientEngine(engine)
+    engine = checks.choice(GradientEngine, engine=engine)
+    if autocast and engine is GradientEngine.GHOST:
+        raise ValueError(
+            f"engine={engine.value!r} must be another one with mixed precision: its second "
+            "backward pass rounds to bfloat16, past the bound"
+        )
     if engine is GradientEngine.AUTO:
         engine = GradientEngine.BOOKKEEPING if unsupported(model) is None else GradientEngine.HOOKS
     return clipper_class(engine)(model, loss_fn, clip=Clip(clip_norm, style), autocast=autocast)

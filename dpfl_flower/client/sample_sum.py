@@ -40,7 +40,7 @@ class SampleSum:
     Attributes
     ----------
     total : list of Tensor
-        One per parameter.
+        One per parameter, float64: only the records of one physical batch are added in less.
     fitting : Tensor
         The sum over records of +1/2 for one whose gradient was within the clip norm, -1/2 for one
         that was not, 0 for one that counts as zeros.
@@ -51,7 +51,7 @@ class SampleSum:
     ) -> None:
         self._clipper, self._gather = clipper, gather
         self.fitting = torch.zeros((), dtype=torch.float64)
-        self.total = clipper.zeros()
+        self.total = [zeros.double() for zeros in clipper.zeros()]
 
     def add(self, indices: Sequence[int]) -> None:
         """Add the records of ``indices``."""

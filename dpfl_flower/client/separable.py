@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
+from dpfl_flower.client.made_up_weights import made_up_weights
 from dpfl_flower.client.per_example import (
     Batch,
     GradientEngine,
@@ -121,13 +122,31 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
         )
 
 
+@contextlib.contextmanager
+def restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Give the model its buffers back after the block, whatever records wrote into them.
+
+    What one record leaves in a buffer would reach the gradients of the next ones. Whether one did
+    is not told: only a model that nobody could check gets here.
+    """
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
 def require_separable(
     model: nn.Module, loss_fn: LossFunction, example: Batch, *, engine: GradientEngine
 ) -> bool:
     """Raise unless the engine's gradients of single records are those of autograd, and only theirs.
 
-    Runs on made-up records of the shapes and dtypes of ``example``, so that the verdict depends on
-    no record's values. A model that does not run on them cannot be checked.
+    Runs on made-up records of the shapes and dtypes of ``example`` and with made-up weights, so
+    that the verdict depends on no record's values and on no weights that a server sent. A model
+    that does not run on them, or shows no gradient, cannot be checked.
 
     Returns
     -------
@@ -153,7 +172,11 @@ def require_separable(
     batch = _made_up(example, avoid={m.padding_idx for m in _embeddings(model)})
     model.train()
     # The check draws from torch (dropout) on a state of its own.
-    with unchanged_buffers(model), _same_dropout(example[0].device):
+    with (
+        unchanged_buffers(model),
+        _same_dropout(example[0].device),
+        made_up_weights(model),
+    ):
         try:
             with torch.no_grad():
                 model(*batch[:-1])
@@ -166,8 +189,9 @@ def require_separable(
             logger.info("The model does not run on made-up records: not checked", exc_info=error)
             return False
         _require_no_coupling(model, loss_fn, batch)
-        _require_true_gradients(model, loss_fn, batch, engine)
-    return True
+        shown = _require_true_gradients(model, loss_fn, batch, engine)
+    # Hooks and vmap hold each record's gradient, and clip what they hold; the others compute norms.
+    return shown or engine in (GradientEngine.HOOKS, GradientEngine.FUNCTORCH)
 
 
 def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
@@ -242,7 +266,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _require_true_gradients(
     model: nn.Module, loss_fn: LossFunction, batch: Batch, engine: GradientEngine
-) -> None:
+) -> bool:
+    """Return whether there were gradients to compare; raise ModelRefused where they differ."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     with _same_dropout(parameters[0].device):
         losses = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
@@ -258,7 +283,7 @@ def _require_true_gradients(
     ]
     norms = [float(_norm(g)) for g in gradients]
     if not all(0 < norm < float("inf") for norm in norms):
-        return  # a flat or overflowing loss on made-up records shows nothing
+        return False  # a flat or overflowing loss on made-up records shows nothing
     clip_norm = min(norms) / 2  # everything is clipped, so every norm is put to the test
     expected = [
         sum(
@@ -277,6 +302,7 @@ def _require_true_gradients(
             f"the per-example gradients of engine {engine.value!r} are not autograd's: a parameter "
             "is used outside the forward of its module, or a layer has an option it does not know"
         )
+    return True
 
 
 def _made_up(example: Batch, *, avoid: set[int | None]) -> list[Tensor]:

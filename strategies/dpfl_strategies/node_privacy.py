@@ -75,7 +75,7 @@ class NodeClaim:
         if math.isnan(claimed) or claimed < 0:
             raise ValueError(f"epsilon={claimed!r} must be a number >= 0")
         for event in events:
-            require_supported(event, relation)
+            require_supported(event, relation, unit=unit)
         return cls(
             dataset=dataset,
             claimed=claimed,
@@ -238,8 +238,11 @@ class NodePrivacyReport:
             return "no node made a privacy claim"
         scope = "" if all(c.durable for c in self.claims.values()) else "; this run only"
         one, everywhere = rounded_up(worst.epsilon), rounded_up(self.epsilon_everywhere())
+        # The largest of both, whosever they are: an epsilon at a smaller delta holds there too.
+        most = max(claim.delta for claim in self.claims.values())
+        units = " or ".join(sorted({str(claim.unit) for claim in self.claims.values()}))
         return (
-            f"at most epsilon {one} at delta {worst.delta:g} for each {worst.unit} "
+            f"at most epsilon {one} at delta {most:g} for each {units} "
             f"({worst.relation}) of one node, epsilon {everywhere} at delta {self.delta:g} for "
             f"someone in all {len(self.claims)} nodes, as the nodes claim{scope}"
         )

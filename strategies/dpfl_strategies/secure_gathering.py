@@ -11,7 +11,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from dpfl_flower import records
-from dpfl_flower.accounting import PrivacyUnit, Relation, TrustModel
+from dpfl_flower.accounting import (
+    CustomSampling,
+    EveryoneSampling,
+    PrivacyUnit,
+    Relation,
+    TrustModel,
+)
 from dpfl_flower.client.contribution import SumBound
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
 from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, bits_without_wrap
@@ -68,6 +74,15 @@ class SecureGathering(Gathering):
                 "secure_aggregation and unit='node': a round with too few nodes is abandoned, "
                 "which shows whether a node is there; zero-out costs the same epsilon and covers "
                 "what the node holds"
+            )
+        if self._nodes_are_units and not isinstance(
+            request.sampling, EveryoneSampling | CustomSampling
+        ):
+            raise ValueError(
+                f"sampling={request.sampling!r} must be EveryoneSampling or a CustomSampling with "
+                "secure_aggregation and unit='node': rounds with too few nodes are abandoned, so "
+                "that those which are released hold a node more often than its coin says, and the "
+                "price of the coins does not hold"
             )
         drawn = request.sampling.max_cohort if self._nodes_are_units else None
         self._max_cohort = secure.max_cohort or drawn or inner.num_nodes

@@ -702,7 +702,7 @@ def test_an_oddly_shaped_record_counts_as_zeros_wherever_it_lies(engine, example
     np.testing.assert_allclose(moves[0], moves[2], rtol=1e-6)
 
 
-def test_a_buffer_that_training_writes_is_refused_also_where_the_model_could_not_be_checked():
+def test_what_records_write_into_a_buffer_reaches_nobody_and_no_code_tells_of_it():
     class Remembers(nn.Module):
         def __init__(self):
             super().__init__()
@@ -717,8 +717,7 @@ def test_a_buffer_that_training_writes_is_refused_also_where_the_model_could_not
 
     model = Remembers()
     data = TensorDataset(torch.ones(5, 3), torch.zeros(5))
-    with pytest.raises(ModelRefused, match=r"memory\.seen"):
-        one_round(client_for(model, data, configured()))
+    one_round(client_for(model, data, configured()))
     assert model.memory.seen.abs().sum() == 0
 
 

@@ -63,8 +63,8 @@ class Clip:
 
     A factor is below the one of the formula by 2^-22: what rounding it to float32 (2^-24) and the
     product with a float32 gradient (2^-24) add cannot carry a record past C. Adding up the records
-    rounds too, by at most n 2^-24 of the sum of the n norms, as in every sum of floats; that part
-    is not a record's own and lies under the grid that the noisy sum is rounded to.
+    rounds too, by at most n 2^-24 of the sum of the n norms, as in every sum of floats, n being
+    the records of one physical batch; that part is no record's own, and is not charged.
 
     Parameters
     ----------

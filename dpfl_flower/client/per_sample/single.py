@@ -7,6 +7,8 @@
 (torch.Size([1, 2]), torch.Size([1]))
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,9 @@ __all__ = ["Clip", "SingleClipper", "nn", "torch"]
 class SingleClipper(PerExampleClipper):
     """Passes each record through the model alone and clips its gradient.
 
-    A record meets no other, so the bound holds for a model that nothing is known about.
+    A record meets no other, not even in what a model remembers: each has a copy of the model to
+    itself. So the bound holds for a model that nothing is known about, as long as it keeps nothing
+    outside of itself.
     """
 
     def _hook(self) -> None:
@@ -31,11 +35,13 @@ class SingleClipper(PerExampleClipper):
     def _clipped_sum(self, batch: Batch) -> list[Tensor]:
         total, norms = self.zeros(), []
         for record in zip(*(torch.split(tensor, 1) for tensor in batch), strict=True):
-            loss = self._losses(self.model, record).sum()
+            own = copy.deepcopy(self.model)
+            parameters = [p for p in own.parameters() if p.requires_grad]
+            loss = self._losses(own, record).sum()
             found = (
-                torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                torch.autograd.grad(loss, parameters, allow_unused=True)
                 if loss.requires_grad
-                else [None] * len(self.parameters)
+                else [None] * len(parameters)
             )
             gradients = [
                 torch.zeros_like(p, dtype=wide(p))

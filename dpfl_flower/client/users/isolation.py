@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpfl_flower.client.errors import ModelRefused
+from dpfl_flower.client.made_up_weights import made_up_arrays
 from dpfl_flower.client.users.engine import UserEngine
 from dpfl_flower.client.users.registry import Member
 from dpfl_flower.layout import Array, as_numpy
@@ -39,7 +40,7 @@ def require_isolated(
         Inputs and target of one record; only shapes and dtypes are used, so that the verdict
         depends on no record.
     global_arrays : mapping of name to array
-        What the users start from.
+        What the users start from; only names, shapes and dtypes are used.
     batch_size : int
         The recipe's, for users of less than a batch and of more.
     exact : bool
@@ -50,6 +51,7 @@ def require_isolated(
     ModelRefused
         When an update depends on other users, or when no made-up user could be trained at all.
     """
+    global_arrays = made_up_arrays(global_arrays)  # zeros would hide what a model couples
     for integer in (0, 1):  # an id or a class; 1 where it is a length
         members = _made_up_members(engine, example, batch_size, integer)
         company = _updates(engine, members, global_arrays)
