@@ -53,7 +53,7 @@ def masked_by_node_1(bits, *, plain, skip=()):
     for name in skip:
         # Node 1 has the smallest id: it subtracted the masks of its peers.
         side = "subtract" if name == "own" else "add"
-        apply_masks(words, Modulus(bits), **{side: [keys[name]]})
+        apply_masks(words, **{side: [keys[name]]})
     return Modulus(bits).pack(words)
 
 
