@@ -33,6 +33,7 @@ from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import fewest_bits
+from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
 from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
 
 __all__ = [
@@ -67,11 +68,15 @@ class SumBound:
     largest: int
     parties: int
 
-    def check(self, bits: int) -> None:
-        """Raise ValueError unless ``parties`` such vectors fit ``bits``."""
+    def check(self, bits: int, lanes: int = 1) -> None:
+        """Raise ValueError unless ``parties`` such vectors fit ``bits`` in so many lanes."""
         needed = fewest_bits(self.largest, self.parties)
         if bits < needed:
             raise ValueError(f"bits={bits!r} must be >= {needed}, or the sum could wrap around")
+        if lanes == SPLIT_LANES and self.parties > SPLIT_PARTIES:
+            raise ValueError(
+                f"parties={self.parties!r} must be <= {SPLIT_PARTIES} with lanes={lanes!r}"
+            )
 
     def to_config(self) -> ConfigRecord:
         """Return the bound as it travels."""
@@ -338,10 +343,10 @@ def contribution_for(
         record = content.config_records[records.UPDATE]
         if records.COHORT in content.config_records:
             bound = SumBound.from_config(record)
-            bound.check(bits)
+            bound.check(bits, lanes)
             return IntegerSum(bound, task)
         request = UpdateRequest.from_config(record)
-        request.check(bits)
+        request.check(bits, lanes)
         if request.grid.width != width:
             raise ValueError(f"width={width!r} must be {request.grid.width}, the grid's")
         contribution = BoundedUpdate(request, task)

@@ -10,12 +10,14 @@ True
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Encoding", "Words"]
+__all__ = ["WORD64", "Encoding", "Words", "add_words"]
+
+WORD64: Final = np.dtype(np.uint64).newbyteorder("<")
 
 Words = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
 """Machine words, little-endian; each is masked mod 2^(its width)."""
@@ -29,7 +31,7 @@ class Encoding(ABC):
     bits : int
         Sums of entries are known mod 2^bits.
     lanes : int
-        Entries in a word.
+        Entries that are packed together.
     """
 
     bits: int
@@ -62,5 +64,22 @@ class Encoding(ABC):
 
     def zeros(self, width: int) -> Words:
         """Return the words of ``width`` zeros."""
-        zeros: Words = np.zeros(-(-width // self.lanes), self.word_type)
+        zeros: Words = np.zeros(self.word_count(width), self.word_type)
         return zeros
+
+    def word_count(self, width: int) -> int:
+        """Return how many words ``width`` entries take."""
+        return -(-width // self.lanes)
+
+
+def add_words(total: Words, packed: NDArray[np.uint8]) -> None:
+    """Add 64-bit words that travel as they are to ``total`` in place.
+
+    Raises
+    ------
+    ValueError
+        Unless ``packed`` is uint8 of the length that ``total`` has.
+    """
+    if packed.dtype != np.uint8 or packed.shape != (total.nbytes,):
+        raise ValueError(f"packed={packed.dtype}{list(packed.shape)} must be uint8[{total.nbytes}]")
+    np.add(total, np.ascontiguousarray(packed).view(WORD64), out=total)

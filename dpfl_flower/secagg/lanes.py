@@ -21,12 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
-from dpfl_flower.secagg.encoding import Encoding, Words
+from dpfl_flower.secagg.encoding import WORD64, Encoding, Words, add_words
 from dpfl_flower.secagg.modulus import Modulus, bits_without_wrap, fewest_bits
+from dpfl_flower.secagg.split_lanes import (
+    SPLIT_BITS,
+    SPLIT_LANES,
+    SPLIT_PARTIES,
+    SplitLanes,
+)
 
 __all__ = ["LEAST_WIDTH", "Lanes", "encoding_of", "encoding_without_wrap"]
 
-_WORD: Final = np.dtype(np.uint64).newbyteorder("<")
 _USABLE_BITS: Final = 63
 _BLOCK: Final = 1 << 13  # words that stay in cache from lane to lane
 
@@ -60,16 +65,16 @@ class Lanes(Encoding):
     @property
     def word_type(self) -> np.dtype[np.unsignedinteger[Any]]:
         """64-bit words, little-endian."""
-        return _WORD
+        return WORD64
 
     def packed_bytes(self, width: int) -> int:
         """Return 8 bytes a word."""
-        return -(-width // self.lanes) * _WORD.itemsize
+        return -(-width // self.lanes) * WORD64.itemsize
 
     def words(self, vector: NDArray[np.int64]) -> Words:
         """Return new words for ``vector``, int64, shape ``(width,)``."""
         size = -(-vector.size // self.lanes)
-        words = np.empty(size, _WORD)
+        words = np.empty(size, WORD64)
         signed = words.view(np.int64)
         for start in range(0, size, _BLOCK):
             block = signed[start : start + _BLOCK]
@@ -103,26 +108,18 @@ class Lanes(Encoding):
         return words.view(np.uint8)
 
     def add_packed(self, total: Words, packed: NDArray[np.uint8]) -> None:
-        """Add a packed vector to ``total`` in place.
-
-        Raises
-        ------
-        ValueError
-            Unless ``packed`` is uint8 of the length that ``total`` has.
-        """
-        if packed.dtype != np.uint8 or packed.shape != (total.nbytes,):
-            raise ValueError(
-                f"packed={packed.dtype}{list(packed.shape)} must be uint8[{total.nbytes}]"
-            )
-        np.add(total, np.ascontiguousarray(packed).view(_WORD), out=total)
+        """Add a packed vector in place; ValueError unless uint8 of the length of ``total``."""
+        add_words(total, packed)
 
 
 def encoding_of(bits: int, lanes: int) -> Encoding:
-    """Return `Modulus` for one entry a word, `Lanes` for several; ValueError for what is neither.
+    """Return the encoding of these bits and entries packed together; ValueError if there is none.
 
     >>> encoding_of(24, 1)
     Modulus(bits=24)
     """
+    if (bits, lanes) == (SPLIT_BITS, SPLIT_LANES):
+        return SplitLanes()
     return Modulus(bits) if lanes == 1 else Lanes(bits, lanes)
 
 
@@ -139,9 +136,15 @@ def encoding_without_wrap(largest: int, parties: int, width: int) -> Encoding:
     >>> encoding_without_wrap(1 << 14, 20, 1_000_000)
     Lanes(bits=21, lanes=3)
     >>> encoding_without_wrap(1 << 14, 100, 1_000_000)
+    SplitLanes(bits=22, lanes=8)
+    >>> encoding_without_wrap(1 << 14, 200, 1_000_000)
     Modulus(bits=24)
     """
-    lanes = _USABLE_BITS // fewest_bits(largest, parties)
-    if lanes < 3 or width < LEAST_WIDTH:
-        return Modulus(bits_without_wrap(largest, parties))
-    return Lanes(_USABLE_BITS // lanes, lanes)
+    needed = fewest_bits(largest, parties)
+    plain, lanes = Modulus(bits_without_wrap(largest, parties)), _USABLE_BITS // needed
+    if width < LEAST_WIDTH:
+        return plain
+    if needed == SPLIT_BITS and parties <= SPLIT_PARTIES:
+        return SplitLanes()
+    packed = Lanes(_USABLE_BITS // lanes, lanes) if lanes >= 3 else plain
+    return packed if packed.packed_bytes(width) <= plain.packed_bytes(width) else plain

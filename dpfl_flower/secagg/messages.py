@@ -58,7 +58,7 @@ class AdvertiseRequest:
     width, bits : int
         The vector to come has ``width`` entries and is summed mod 2^bits.
     lanes : int
-        Entries in a word under one mask: 1, or as `Lanes` packs them.
+        Entries that are packed together under a mask; see `encoding_of`.
     seconds : float
         After so long a node forgets the round.
     """

@@ -33,7 +33,7 @@ class RoundPlan:
     width, bits : int
         Vectors of ``width`` entries are summed mod 2^bits.
     lanes : int
-        Entries in a word under one mask; see `encoding_of`.
+        Entries that are packed together under a mask; see `encoding_of`.
     threshold : float
         The share of a node's k neighbours that can put its secrets together: ``t`` is
         ``ceil(threshold * k)``, and at least what ``2 t > k + colluders`` needs.
