@@ -61,6 +61,7 @@ from dpfl_flower.rng import secure  # noqa: E402
 from dpfl_flower.secagg import SecAggPlus, SecureSum, Session, SumRequest, node  # noqa: E402
 from dpfl_flower.secagg.lanes import encoding_without_wrap  # noqa: E402
 from dpfl_flower.secagg.masks import apply_masks  # noqa: E402
+from dpfl_flower.secagg.modulus import bits_without_wrap  # noqa: E402
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party  # noqa: E402
 from dpfl_flower.secagg.wire import decode_request, encode  # noqa: E402
 
@@ -220,7 +221,7 @@ class Ours:
 
     def __init__(self, nodes: int, neighbours: int | None, weights: Vector) -> None:
         grid = IntegerGrid.for_noise_multiplier(1.0, weights.size)
-        largest = grid.sensitivity_units
+        self.largest = largest = grid.sensitivity_units
         self.encoding = encoding_without_wrap(largest, nodes, grid.width)
         self.task = RecordDict(
             {
@@ -353,9 +354,12 @@ def main() -> None:
         graph = "complete graph" if neighbours is None else f"{neighbours} neighbours each"
         vector, rest = ours.sent
         bits = ours.encoding.bits
-        least = DIMENSION * bits // 8
+        plain = bits_without_wrap(ours.largest, nodes) // 8  # whole bytes in which no sum wraps
         print(f"{nodes} nodes, {graph}: a node sends a masked vector of {vector:,} bytes")
-        print(f"  ({vector / least:.4f} x {DIMENSION:,} entries mod 2^{bits}), {rest:,} else")
+        print(
+            f"  ({vector / (DIMENSION * plain):.4f} x {DIMENSION:,} entries of {plain} bytes, "
+            f"{8 * vector / (DIMENSION * bits):.4f} x of {bits} bits), {rest:,} else"
+        )
         for who, repeats in (("node", REPEATS), ("server", REPEATS)):
             timings = compare.compare(
                 {
