@@ -59,8 +59,9 @@ from dpfl_flower.client.contribution import UpdateRequest, contribution_for  # n
 from dpfl_flower.quantize import IntegerGrid  # noqa: E402
 from dpfl_flower.rng import secure  # noqa: E402
 from dpfl_flower.secagg import SecAggPlus, SecureSum, Session, SumRequest, node  # noqa: E402
+from dpfl_flower.secagg.lanes import encoding_without_wrap  # noqa: E402
 from dpfl_flower.secagg.masks import apply_masks  # noqa: E402
-from dpfl_flower.secagg.modulus import Modulus, bits_without_wrap  # noqa: E402
+from dpfl_flower.secagg.modulus import bits_without_wrap  # noqa: E402
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party  # noqa: E402
 from dpfl_flower.secagg.wire import decode_request, encode  # noqa: E402
 
@@ -220,8 +221,8 @@ class Ours:
 
     def __init__(self, nodes: int, neighbours: int | None, weights: Vector) -> None:
         grid = IntegerGrid.for_noise_multiplier(1.0, weights.size)
-        largest = grid.sensitivity_units
-        self.bits = bits_without_wrap(largest, nodes)
+        self.largest = largest = grid.sensitivity_units
+        self.encoding = encoding_without_wrap(largest, nodes, grid.width)
         self.task = RecordDict(
             {
                 records.ARRAYS: ArrayRecord({"w": Array(np.zeros_like(weights))}),
@@ -240,7 +241,8 @@ class Ours:
             session=Session(RUN, 1),
             nodes=tuple(range(1, nodes + 1)),
             width=grid.width,
-            bits=self.bits,
+            bits=self.encoding.bits,
+            lanes=self.encoding.lanes,
             seconds=3600.0,
         )
         self.protocol = SecAggPlus(threshold=THRESHOLD, neighbours=neighbours)
@@ -281,7 +283,9 @@ class Ours:
             state, reply = node.share_keys(state, request, rules)
         elif request.stage == 3:
             state = node.accept_shares(state, request, rules)
-            made = contribution_for(self.task, {}, width=state.width, bits=state.bits)
+            made = contribution_for(
+                self.task, {}, width=state.width, bits=state.bits, lanes=state.lanes
+            )
             state, reply = node.mask(state, made.vector(self.answer))
         else:
             reply = node.unmask(state, request, rules)
@@ -314,10 +318,9 @@ class Ours:
 def masks_alone() -> float:
     """Print the table for 20 masks of one vector, and return the ratio."""
     keys = [secure().random_bytes(32) for _ in range(20)]
-    modulus = Modulus(32)
 
     def ours() -> None:
-        apply_masks(modulus.zeros(DIMENSION), modulus, add=keys)
+        apply_masks(np.zeros(DIMENSION, np.uint32), add=keys)
 
     def theirs() -> None:
         vector = [np.zeros(DIMENSION, np.int64)]
@@ -350,9 +353,13 @@ def main() -> None:
         theirs = Theirs(nodes, neighbours, weights)
         graph = "complete graph" if neighbours is None else f"{neighbours} neighbours each"
         vector, rest = ours.sent
-        least = DIMENSION * ours.bits // 8
+        bits = ours.encoding.bits
+        plain = bits_without_wrap(ours.largest, nodes) // 8  # whole bytes in which no sum wraps
         print(f"{nodes} nodes, {graph}: a node sends a masked vector of {vector:,} bytes")
-        print(f"  ({vector / least:.4f} x {DIMENSION:,} entries mod 2^{ours.bits}), {rest:,} else")
+        print(
+            f"  ({vector / (DIMENSION * plain):.4f} x {DIMENSION:,} entries of {plain} bytes, "
+            f"{8 * vector / (DIMENSION * bits):.4f} x of {bits} bits), {rest:,} else"
+        )
         for who, repeats in (("node", REPEATS), ("server", REPEATS)):
             timings = compare.compare(
                 {

@@ -32,7 +32,8 @@ from dpfl_flower.client.grid_fields import (
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
-from dpfl_flower.secagg import bits_without_wrap
+from dpfl_flower.secagg import fewest_bits
+from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
 from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
 
 __all__ = [
@@ -67,11 +68,15 @@ class SumBound:
     largest: int
     parties: int
 
-    def check(self, bits: int) -> None:
-        """Raise ValueError unless ``parties`` such vectors fit ``bits``."""
-        needed = bits_without_wrap(self.largest, self.parties)
+    def check(self, bits: int, lanes: int = 1) -> None:
+        """Raise ValueError unless ``parties`` such vectors fit ``bits`` in so many lanes."""
+        needed = fewest_bits(self.largest, self.parties)
         if bits < needed:
             raise ValueError(f"bits={bits!r} must be >= {needed}, or the sum could wrap around")
+        if lanes == SPLIT_LANES and self.parties > SPLIT_PARTIES:
+            raise ValueError(
+                f"parties={self.parties!r} must be <= {SPLIT_PARTIES} with lanes={lanes!r}"
+            )
 
     def to_config(self) -> ConfigRecord:
         """Return the bound as it travels."""
@@ -292,6 +297,7 @@ def contribution_for(
     *,
     width: int,
     bits: int,
+    lanes: int = 1,
     most_survivors: int | None = None,
 ) -> Contribution:
     """Return what a masked-input request asks for, everything in it checked.
@@ -302,8 +308,8 @@ def contribution_for(
         The request's records.
     node_config : mapping
         The node's own config: its `NodePolicy` holds.
-    width, bits : int
-        As agreed on when the round began.
+    width, bits, lanes : int
+        As agreed on when the round began: several lanes only where no sum wraps around.
     most_survivors : int or None
         How many vectors are certain to be in the sum, colluders included, whatever the server says;
         None where only the server's word counts. A plan for distributed noise must not count on
@@ -324,6 +330,8 @@ def contribution_for(
                     f"width={width!r} and bits={bits!r} must be {asked.grid.padded} and "
                     f"{asked.grid.bits}, the plan's"
                 )
+            if lanes != 1:
+                raise ValueError(f"lanes={lanes!r} must be 1: a sum of noised vectors may wrap")
             counted_on = asked.plan.min_survivors
             if most_survivors is not None and counted_on > most_survivors:
                 raise NodeError(
@@ -335,10 +343,10 @@ def contribution_for(
         record = content.config_records[records.UPDATE]
         if records.COHORT in content.config_records:
             bound = SumBound.from_config(record)
-            bound.check(bits)
+            bound.check(bits, lanes)
             return IntegerSum(bound, task)
         request = UpdateRequest.from_config(record)
-        request.check(bits)
+        request.check(bits, lanes)
         if request.grid.width != width:
             raise ValueError(f"width={width!r} must be {request.grid.width}, the grid's")
         contribution = BoundedUpdate(request, task)

@@ -153,6 +153,7 @@ def _mask(
         context.node_config,
         width=state.width,
         bits=state.bits,
+        lanes=state.lanes,
         # What the roster makes certain even if the server lies: docs/threat-model.md.
         most_survivors=None if rules.roster is None else state.threshold + 1,
     )

@@ -7,7 +7,8 @@ into a ClientApp, the argument ``secure_aggregation=SecAggPlus()`` into a strate
 
 from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
 from dpfl_flower.secagg.errors import Refusal, Refused, RoundAbandoned
-from dpfl_flower.secagg.modulus import bits_without_wrap
+from dpfl_flower.secagg.lanes import encoding_of, encoding_without_wrap
+from dpfl_flower.secagg.modulus import bits_without_wrap, fewest_bits
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.secagg_plus import SecAggPlus
@@ -26,4 +27,7 @@ __all__ = [
     "Session",
     "SumRequest",
     "bits_without_wrap",
+    "encoding_of",
+    "encoding_without_wrap",
+    "fewest_bits",
 ]

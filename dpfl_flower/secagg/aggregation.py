@@ -34,6 +34,9 @@ class SumRequest:
         Entries of a vector.
     bits : int
         The sum is known mod 2^bits.
+    lanes : int
+        How many entries a protocol with masks may pack into a word, where no sum of honest vectors
+        wraps around mod 2^bits; 1 where one may.
     seconds : float
         How long the round may take in all; after that nodes forget it.
     largest : int or None
@@ -46,9 +49,10 @@ class SumRequest:
     bits: int
     seconds: float
     largest: int | None = None
+    lanes: int = 1
 
     def __post_init__(self) -> None:
-        checks.positive_int(width=self.width, bits=self.bits)
+        checks.positive_int(width=self.width, bits=self.bits, lanes=self.lanes)
         checks.at_most(64, bits=self.bits)
         checks.positive(seconds=self.seconds)
 

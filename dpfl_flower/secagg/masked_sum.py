@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dpfl_flower.secagg import shamir
+from dpfl_flower.secagg.encoding import Words
 from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.keys import KeyPair, commitment
 from dpfl_flower.secagg.messages import PeerKeys
-from dpfl_flower.secagg.modulus import Words
 from dpfl_flower.secagg.round_plan import RoundPlan
 
 __all__ = ["Graph", "MaskedSum"]

@@ -4,11 +4,11 @@ A mask is the keystream of AES-256 in counter mode, cut into little-endian words
 for one mask and nothing else, so the counter starts at zero. A word of w >= b uniform bits is
 uniform mod 2^b.
 
->>> vector = Modulus(32).zeros(3)
->>> apply_masks(vector, Modulus(32), add=[bytes(32)])
+>>> vector = np.zeros(3, np.uint32)
+>>> apply_masks(vector, add=[bytes(32)])
 >>> vector
 array([2025887196, 2307473570,  346179757], dtype=uint32)
->>> apply_masks(vector, Modulus(32), subtract=[bytes(32)])
+>>> apply_masks(vector, subtract=[bytes(32)])
 >>> vector
 array([0, 0, 0], dtype=uint32)
 """
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from dpfl_flower.secagg.modulus import Modulus, Words
+from dpfl_flower.secagg.encoding import Words
 
 __all__ = ["KEY_BYTES", "apply_masks"]
 
@@ -32,17 +32,15 @@ _ZEROS: Final = memoryview(bytes(_BLOCK_BYTES))
 
 def apply_masks(
     vector: Words,
-    modulus: Modulus,
     *,
     add: Collection[bytes] = (),
     subtract: Collection[bytes] = (),
 ) -> None:
-    """Add the masks of some keys and subtract those of others, mod 2^word_bits and in place.
+    """Add the masks of some keys and subtract those of others, mod 2^(a word's bits) and in place.
 
     Parameters
     ----------
-    vector : array of ``modulus.word_type``, shape ``(width,)``
-    modulus : Modulus
+    vector : array of unsigned words, little-endian, shape ``(width,)``
     add, subtract : collections of bytes
         Keys of 32 uniform bytes, each of which masks one vector only.
     """
@@ -54,7 +52,7 @@ def apply_masks(
         for keys, combine in ((add, np.add), (subtract, np.subtract))
         for key in keys
     ]
-    mask = np.empty(_BLOCK_BYTES // vector.itemsize, modulus.word_type)
+    mask = np.empty(_BLOCK_BYTES // vector.itemsize, vector.dtype)
     mask_bytes = mask.view(np.uint8).data
     # All masks of a block while it is in cache: the vector passes through memory once.
     for start in range(0, vector.size, mask.size):

@@ -57,6 +57,8 @@ class AdvertiseRequest:
     server_round : int
     width, bits : int
         The vector to come has ``width`` entries and is summed mod 2^bits.
+    lanes : int
+        Entries that are packed together under a mask; see `encoding_of`.
     seconds : float
         After so long a node forgets the round.
     """
@@ -65,6 +67,7 @@ class AdvertiseRequest:
     server_round: int
     width: int
     bits: int
+    lanes: int = 1
     seconds: float
 
 
@@ -136,7 +139,7 @@ class MaskRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masked:
-    """A masked vector as `Modulus.pack` packs it.
+    """A masked vector as `Encoding.pack` packs it.
 
     ``tokens``, of a node with a roster, prove to each peer that the mask they share is in it.
     """

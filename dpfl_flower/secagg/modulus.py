@@ -7,27 +7,27 @@
 array([ 5, -3])
 >>> packed = modulus.pack(words)
 >>> packed.size, modulus.packed_bytes(2)
-(7, 7)
+(6, 6)
 >>> total = modulus.zeros(2)
 >>> modulus.add_packed(total, packed)
 >>> modulus.signed(total)
 array([ 5, -3])
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
+from dpfl_flower.secagg.encoding import Encoding, Words
 
-__all__ = ["MAX_BITS", "Modulus", "Words", "bits_without_wrap"]
+__all__ = ["MAX_BITS", "Modulus", "bits_without_wrap", "fewest_bits"]
 
 MAX_BITS = 64
-
-Words = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
-"""Residues in machine words; bits above the modulus carry nothing and are dropped at the end."""
+_BLOCK = 1 << 14  # words that stay in cache from step to step
 
 _WORDS: dict[int, type[np.unsignedinteger[Any]]] = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED: dict[int, type[np.signedinteger[Any]]] = {16: np.int16, 32: np.int32, 64: np.int64}
@@ -35,6 +35,14 @@ _SIGNED: dict[int, type[np.signedinteger[Any]]] = {16: np.int16, 32: np.int32, 6
 
 def bits_without_wrap(largest: int, parties: int) -> int:
     """Return the fewest bits, in whole bytes, in which ``parties`` summands cannot wrap around.
+
+    Parameters and errors as for `fewest_bits`.
+    """
+    return -(-fewest_bits(largest, parties) // 8) * 8
+
+
+def fewest_bits(largest: int, parties: int) -> int:
+    """Return the fewest bits in which ``parties`` summands cannot wrap around.
 
     Parameters
     ----------
@@ -55,13 +63,13 @@ def bits_without_wrap(largest: int, parties: int) -> int:
             f"parties={parties!r} times largest={largest!r} must be < 2**63: a sum that wraps "
             "around would move by more than its sensitivity"
         )
-    return -(-bits // 8) * 8
+    return bits
 
 
 @final
 @dataclass(frozen=True)
-class Modulus:
-    """The integers mod 2^bits.
+class Modulus(Encoding):
+    """The integers mod 2^bits, each in a word whose bits above the modulus carry nothing.
 
     Parameters
     ----------
@@ -70,6 +78,7 @@ class Modulus:
     """
 
     bits: int
+    lanes: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.positive_int(bits=self.bits)
@@ -91,13 +100,8 @@ class Modulus:
         return -(-self.bits // 8)
 
     def packed_bytes(self, width: int) -> int:
-        """Return the length of a packed vector: its entries, and what a last whole word needs."""
-        return self.entry_bytes * width + self.word_bits // 8 - self.entry_bytes
-
-    def zeros(self, width: int) -> Words:
-        """Return ``width`` zeros."""
-        zeros: Words = np.zeros(width, self.word_type)
-        return zeros
+        """Return the length of a packed vector: a whole number of bytes an entry."""
+        return self.entry_bytes * width
 
     def words(self, vector: NDArray[np.int64]) -> Words:
         """Return a new array of the residues of ``vector``, int64, shape ``(width,)``."""
@@ -113,30 +117,19 @@ class Modulus:
         return signed.astype(np.int64)
 
     def pack(self, words: Words) -> NDArray[np.uint8]:
-        """Return the residues in as few whole bytes an entry as hold them; see `packed_bytes`."""
-        size, entry, word = words.size, self.entry_bytes, self.word_bits // 8
-        if entry == word:
-            packed = words.view(np.uint8).copy()
-        else:
-            # Whole words, one every entry_bytes, each over the end of the one before: first every
-            # other one, then those between, whose ends then cover beginnings, which are mended.
-            packed = np.zeros(self.packed_bytes(size), np.uint8)
-            for first in (0, 1):
-                count = (size + 1 - first) // 2
-                if count:
-                    np.ndarray(
-                        (count,),
-                        self.word_type,
-                        buffer=packed.data,
-                        offset=first * entry,
-                        strides=(2 * entry,),
-                    )[:] = words[first::2]
-            bytes_ = words.view(np.uint8)
-            for byte in range(min(entry, word - entry)):
-                packed[byte : size * entry : 2 * entry] = bytes_[byte :: 2 * word]
-            packed[size * entry :] = 0
+        """Return the residues in as few whole bytes an entry as hold them.
+
+        Plane by plane: the lowest 1, 2, 4 or 8 bytes of all entries, then what is above them. For
+        24 bits that is the lowest two bytes of each entry, and after all of them the third of each.
+        """
+        packed = np.empty(self.packed_bytes(words.size), np.uint8)
+        for low, plane in self._planes(packed, words.size):
+            plane[:] = words.view(plane.dtype)[
+                low // plane.itemsize :: words.itemsize // plane.itemsize
+            ]
         if self.bits % 8:
-            packed[entry - 1 : size * entry : entry] &= (1 << self.bits % 8) - 1
+            *_, (low, top) = self._planes(packed, words.size)
+            top &= top.dtype.type((1 << self.bits - 8 * low) - 1)
         return packed
 
     def add_packed(self, total: Words, packed: NDArray[np.uint8]) -> None:
@@ -152,11 +145,22 @@ class Modulus:
             raise ValueError(
                 f"packed={packed.dtype}{list(packed.shape)} must be uint8{list(expected)}"
             )
-        # Overlapping words, one every entry_bytes: what each has too much is above the modulus.
-        windows: Words = np.ndarray(
-            total.shape,
-            self.word_type,
-            buffer=np.ascontiguousarray(packed).data,
-            strides=(self.entry_bytes,),
-        )
-        np.add(total, windows, out=total)
+        for low, plane in self._planes(np.ascontiguousarray(packed), total.size):
+            for start in range(0, total.size, _BLOCK):
+                block = total[start : start + _BLOCK]
+                part = plane[start : start + _BLOCK]
+                if low:
+                    part = part.astype(total.dtype)
+                    part <<= total.dtype.type(8 * low)
+                np.add(block, part, out=block)
+
+    def _planes(
+        self, packed: NDArray[np.uint8], size: int
+    ) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
+        """Yield each plane of a packed vector, and how many bytes of an entry are below it."""
+        low = 0
+        for plane_bytes in (8, 4, 2, 1):
+            if self.entry_bytes & plane_bytes:
+                stop = size * (low + plane_bytes)
+                yield low, packed[size * low : stop].view(f"<u{plane_bytes}")
+                low += plane_bytes

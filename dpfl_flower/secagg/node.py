@@ -21,6 +21,7 @@ from dpfl_flower.rng import RandomSource, secure
 from dpfl_flower.secagg import shamir
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.keys import KeyPair, commitment
+from dpfl_flower.secagg.lanes import encoding_of
 from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import (
     Acknowledged,
@@ -38,7 +39,6 @@ from dpfl_flower.secagg.messages import (
     Unmasked,
     UnmaskRequest,
 )
-from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.node_checks import (
     check_cohort,
     check_confirmed,
@@ -94,8 +94,12 @@ def advertise(
     rng = rng or secure()
     if request.server_round < 1 or request.width < 1:
         raise Refused(Refusal.MALFORMED, f"{request!r} must have positive round and width")
-    if not 1 <= request.bits <= 64 or not 0 < request.seconds <= _LONGEST_SECONDS:
-        raise Refused(Refusal.MALFORMED, f"{request!r} has bits or seconds out of range")
+    if not 0 < request.seconds <= _LONGEST_SECONDS:
+        raise Refused(Refusal.MALFORMED, f"{request!r} has seconds out of range")
+    try:
+        encoding_of(request.bits, request.lanes)
+    except ValueError as error:
+        raise Refused(Refusal.MALFORMED, str(error)) from error
     masking, sealing = KeyPair.generate(rng), KeyPair.generate(rng)
     state = NodeState(
         run_id=party.run_id,
@@ -103,6 +107,7 @@ def advertise(
         server_round=request.server_round,
         width=request.width,
         bits=request.bits,
+        lanes=request.lanes,
         expires=now + request.seconds,
         mask_private=masking.private,
         seal_private=sealing.private,
@@ -224,20 +229,20 @@ def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked
     """
     if vector.dtype != np.int64 or vector.shape != (state.width,):
         raise ValueError(f"vector={vector.dtype}{list(vector.shape)} must be int64[{state.width}]")
-    modulus = Modulus(state.bits)
-    words = modulus.words(vector)
+    encoding = encoding_of(state.bits, state.lanes)
+    words = encoding.words(vector)
     masking = KeyPair(state.mask_private)
     public = {peer.node_id: peer.mask_key for peer in state.peers}
     add, subtract = [state.seed], list[bytes]()
     for peer in state.sharers:
         label = state.session.pair_label(state.node_id, peer)
         (subtract if state.node_id < peer else add).extend(_agree(masking, public[peer], label))
-    apply_masks(words, modulus, add=add, subtract=subtract)
+    apply_masks(words, add=add, subtract=subtract)
     kept = dataclasses.replace(
         state, seed=b"", mask_private=b"", peers=_without_keys(state), shown=()
     )
     tokens = tuple(item for item in state.shown if item.node_id in state.sharers)
-    return kept, Masked(vector=modulus.pack(words), tokens=tokens)
+    return kept, Masked(vector=encoding.pack(words), tokens=tokens)
 
 
 def acknowledge(

@@ -80,7 +80,7 @@ class NodeState:
 
     Attributes
     ----------
-    run_id, node_id, server_round, width, bits, threshold : int
+    run_id, node_id, server_round, width, bits, lanes, threshold : int
     expires : float
         Seconds since the epoch after which the round is over for this node.
     mask_private, seal_private, seed : bytes
@@ -103,6 +103,7 @@ class NodeState:
     server_round: int
     width: int
     bits: int
+    lanes: int = 1
     expires: float
     mask_private: bytes = field(repr=False)
     seal_private: bytes = field(repr=False)

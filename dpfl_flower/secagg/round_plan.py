@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
+from dpfl_flower.secagg.encoding import Encoding
 from dpfl_flower.secagg.errors import RoundAbandoned
+from dpfl_flower.secagg.lanes import encoding_of
 from dpfl_flower.secagg.session import Session
 
 __all__ = ["RoundPlan", "SecureSum"]
@@ -30,6 +32,8 @@ class RoundPlan:
         Who is asked.
     width, bits : int
         Vectors of ``width`` entries are summed mod 2^bits.
+    lanes : int
+        Entries that are packed together under a mask; see `encoding_of`.
     threshold : float
         The share of a node's k neighbours that can put its secrets together: ``t`` is
         ``ceil(threshold * k)``, and at least what ``2 t > k + colluders`` needs.
@@ -59,6 +63,7 @@ class RoundPlan:
     rosters: bool = False
     seconds: float = 3600.0
     largest: int | None = None
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         checks.positive_int(width=self.width, min_cohort=self.min_cohort)
@@ -69,6 +74,11 @@ class RoundPlan:
             checks.positive_int(neighbours=self.neighbours)
             if self.neighbours % 2:
                 raise ValueError(f"neighbours={self.neighbours!r} must be even, or None")
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the vectors become words."""
+        return encoding_of(self.bits, self.lanes)
 
     def threshold_of(self, count: int) -> int:
         """Return t for nodes of ``count`` neighbours.

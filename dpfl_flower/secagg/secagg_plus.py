@@ -132,6 +132,7 @@ class SecAggPlus(SecureAggregation):
             rosters=self.rosters,
             seconds=request.seconds,
             largest=request.largest,
+            lanes=request.lanes,
         )
         plan.require(request.nodes, "were drawn")
         return _Exchange(Advertising(plan))

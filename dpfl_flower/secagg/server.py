@@ -41,7 +41,6 @@ from dpfl_flower.secagg.messages import (
     Unmasked,
     UnmaskRequest,
 )
-from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum
 from dpfl_flower.secagg.session import node_bytes
 
@@ -101,6 +100,7 @@ class Advertising(ServerStage):
             server_round=plan.session.server_round,
             width=plan.width,
             bits=plan.bits,
+            lanes=plan.lanes,
             seconds=float(plan.seconds),
         )
         return dict.fromkeys(plan.nodes, request)
@@ -201,8 +201,8 @@ class Masking(ServerStage):
 
     def receive(self, replies: Mapping[int, Reply]) -> "Acknowledging | Unmasking":
         """Add up the masked vectors."""
-        modulus = Modulus(self.plan.bits)
-        total = modulus.zeros(self.plan.width)
+        encoding = self.plan.encoding
+        total = encoding.zeros(self.plan.width)
         survivors = []
         tokens: dict[int, dict[int, bytes]] = {}
         for node, reply in self._of(Masked, replies):
@@ -210,7 +210,7 @@ class Masking(ServerStage):
             if self.plan.rosters and shown.keys() != set(self._sharing_peers(node)):
                 continue
             try:
-                modulus.add_packed(total, reply.vector)
+                encoding.add_packed(total, reply.vector)
             except ValueError:
                 continue
             survivors.append(node)
@@ -324,7 +324,6 @@ class Unmasking(ServerStage):
         # Every secret first: most of the work is not begun on a round that has to be abandoned.
         own_keys = {node: masked.seed(node, shares.get(node, {})) for node in masked.survivors}
         pairs = {node: masked.key_pair(node, shares.get(node, {})) for node in masked.dropped}
-        modulus = Modulus(plan.bits)
         total = masked.total.copy()
         add: list[bytes] = []
         subtract = list(own_keys.values())
@@ -335,8 +334,8 @@ class Unmasking(ServerStage):
                 (subtract if peer > node else add).extend(
                     pair.agree(masked.keys[peer].mask_key, label)
                 )
-        apply_masks(total, modulus, add=add, subtract=subtract)
-        signed = modulus.signed(total)
+        apply_masks(total, add=add, subtract=subtract)
+        signed = plan.encoding.signed(total)[: plan.width]
         if plan.largest is not None:
             # A node that masks with another key than it advertised leaves a mask in the sum.
             most = plan.largest * len(masked.survivors)

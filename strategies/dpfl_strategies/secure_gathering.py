@@ -20,7 +20,13 @@ from dpfl_flower.accounting import (
 )
 from dpfl_flower.client.contribution import SumBound
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
-from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, bits_without_wrap
+from dpfl_flower.secagg import (
+    SecureAggregation,
+    Session,
+    SumRequest,
+    encoding_without_wrap,
+    fewest_bits,
+)
 from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
@@ -130,7 +136,7 @@ class SecureGathering(Gathering):
         else:
             extra[records.UPDATE] = bound.to_config()
         self._width = run.width
-        self._bits = bits_without_wrap(bound.largest, bound.parties)
+        self._encoding = encoding_without_wrap(bound.largest, bound.parties, run.width)
         self._largest = bound.largest
         return Asked(server_round, asked.nodes, reference, asked.dither_seed, extra)
 
@@ -146,7 +152,8 @@ class SecureGathering(Gathering):
             session=Session(grid.run.run_id, asked.server_round),
             nodes=tuple(asked.nodes),
             width=self._width,
-            bits=self._bits,
+            bits=self._encoding.bits,
+            lanes=self._encoding.lanes,
             seconds=min(_LONGEST_SECONDS, _STAGES * self.stage_seconds),
             largest=self._largest,
         )
@@ -184,7 +191,7 @@ class SecureGathering(Gathering):
         """Return the bound on each node's vector; ValueError where the sum could wrap around."""
         bound = SumBound(largest=largest_entry * self._units, parties=self._max_cohort)
         try:
-            bits_without_wrap(bound.largest, bound.parties)
+            fewest_bits(bound.largest, bound.parties)
         except ValueError as error:
             raise ValueError(
                 f"max_cohort={self._max_cohort} is too large for the vectors of this run: {error}"

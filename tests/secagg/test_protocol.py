@@ -43,7 +43,8 @@ def survives(answered):
     return min(shared, masked, unmasked) - 1 >= threshold
 
 
-def test_every_way_of_six_nodes_to_drop_out_at_every_stage():
+@pytest.mark.parametrize(("bits", "lanes"), [(32, 1), (21, 3), (22, 8)])
+def test_every_way_of_six_nodes_to_drop_out_at_every_stage(bits, lanes):
     parts = vectors(SIX, width=2)
     seen = {True: 0, False: 0}
 
@@ -67,7 +68,7 @@ def test_every_way_of_six_nodes_to_drop_out_at_every_stage():
             else:
                 explore(following, {n: cast.states[n] for n in there}, now)
 
-    explore(Advertising(plan(SIX, width=2)), {}, ())
+    explore(Advertising(plan(SIX, width=2, bits=bits, lanes=lanes)), {}, ())
     # Of the 5^6 ways to drop out, those that keep the threshold; counted independently.
     kept = 0
     for leaving in itertools.product(range(5), repeat=6):
@@ -88,20 +89,27 @@ def rounds(draw):
 
 @given(
     rounds(),
-    st.sampled_from([16, 24, 32, 64]),
+    st.sampled_from([(16, 1), (24, 1), (32, 1), (64, 1), (21, 3), (12, 5), (22, 8)]),
     st.booleans(),
     st.sampled_from([0.51, 2 / 3]),
     st.integers(0, 2**32),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_graph_of_more_nodes_gives_the_exact_sum_or_is_abandoned(
-    drawn, bits, rosters, threshold, seed
+    drawn, packing, rosters, threshold, seed
 ):
     nodes, neighbours, dropping = drawn
+    bits, lanes = packing
     parts = vectors(nodes, width=4, most=2 ** (bits - 7), seed=seed)
     rules = with_rosters(nodes) if rosters else {}
     round_plan = plan(
-        nodes, width=4, bits=bits, neighbours=neighbours, rosters=rosters, threshold=threshold
+        nodes,
+        width=4,
+        bits=bits,
+        lanes=lanes,
+        neighbours=neighbours,
+        rosters=rosters,
+        threshold=threshold,
     )
     try:
         result = Cast(parts, rules).run(round_plan, dropping=dropping)
@@ -137,7 +145,7 @@ def test_what_the_sum_reveals_is_who_is_in_it_and_nothing_else_travels():
         lengths.extend(reply.vector.size for reply in replies.values() if reply.stage is Stage.MASK)
 
     Cast(parts).run(plan(SIX, width=5, bits=24), watch=watch)
-    assert lengths == [5 * 3 + 1] * 6
+    assert lengths == [5 * 3] * 6
 
 
 # Too few.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpfl_flower.secagg import node
+from dpfl_flower.secagg import encoding_of, node
 from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.modulus import Modulus
@@ -53,7 +53,7 @@ def masked_by_node_1(bits, *, plain, skip=()):
     for name in skip:
         # Node 1 has the smallest id: it subtracted the masks of its peers.
         side = "subtract" if name == "own" else "add"
-        apply_masks(words, Modulus(bits), **{side: [keys[name]]})
+        apply_masks(words, **{side: [keys[name]]})
     return Modulus(bits).pack(words)
 
 
@@ -109,3 +109,18 @@ def test_masks_of_two_rounds_and_two_peers_have_nothing_in_common():
     other = Modulus(32).zeros(WIDTH)
     Modulus(32).add_packed(other, second)
     assert p_value(Modulus(32).pack(difference - other), 32) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("bits", "lanes"), [(21, 3), (22, 8)])
+def test_words_of_several_entries_are_uniform_under_a_mask_and_not_without(bits, lanes):
+    plain = np.arange(3 * WIDTH) % 200 - 100
+    cast = Cast(dict.fromkeys(NODES, plain))
+    stage = Advertising(plan(NODES, width=plain.size, bits=bits, lanes=lanes))
+    while (request := stage.requests[1]).stage is not Stage.MASK:
+        stage = stage.receive(cast.answer_all(stage))
+    state = node.accept_shares(cast.states[1], request, NodeRules())
+    seen = node.mask(state, plain)[1].vector.view("<u8")[:WIDTH]
+    bare = encoding_of(bits, lanes).words(plain)[:WIDTH]
+    assert seen.size == bare.size == WIDTH
+    assert p_value(seen.view(np.uint8), 64) > FALSE_ALARM
+    assert p_value(bare.view(np.uint8), 64) < FALSE_ALARM
