@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from dpfl_flower import records
 from dpfl_flower.accounting import (
+    CustomSampling,
     EveryoneSampling,
     FixedSizeSampling,
     PoissonSampling,
@@ -99,12 +100,32 @@ def same(first, second):
         np.testing.assert_array_equal(array.numpy(), second[name].numpy())
 
 
+class First(CustomSampling):
+    """The first nodes of the registry, in every round."""
+
+    population = NODES
+
+    def __init__(self, size):
+        self.expected_cohort = size
+
+    def draw(self, registry, rng):
+        return list(registry)[: self.expected_cohort]
+
+
+@pytest.mark.parametrize("sampling", [PoissonSampling(5, NODES), FixedSizeSampling(5, NODES)])
+def test_coins_of_nodes_are_refused_since_abandoned_rounds_would_falsify_their_price(sampling):
+    """In rounds with at least 3 of 3 nodes, each of which joins at rate 0.1, everybody is there."""
+    relation = "replace-one" if isinstance(sampling, FixedSizeSampling) else "zero-out"
+    with pytest.raises(ValueError, match=r"sampling=.* must be EveryoneSampling"):
+        strategy(secure_aggregation=SecAggPlus(), sampling=sampling, relation=relation)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"sampling": PoissonSampling(5, NODES)},
-        {"sampling": FixedSizeSampling(5, NODES), "relation": "replace-one"},
+        {"sampling": First(5)},
+        {"sampling": First(5), "relation": "replace-one"},
         {"clipping": AdaptiveClipping(initial=0.5)},
         {"weighting": NumExamplesWeighting(w_max=40, mean_weight=0.6)},
         {"rounding": "dithered"},
@@ -184,9 +205,7 @@ def test_abandoned_rounds_in_a_row_end_the_run():
 
 
 def test_a_cohort_that_is_drawn_too_small_is_abandoned_before_anyone_is_asked():
-    made = strategy(
-        secure_aggregation=SecAggPlus(), sampling=PoissonSampling(1e-9, NODES), give_up_after=3
-    )
+    made = strategy(secure_aggregation=SecAggPlus(), sampling=First(1), give_up_after=3)
     asked = []
     with pytest.raises(AllClientsFailed):
         run(made, secure=True, rounds=9, fault=asked.append)
