@@ -359,6 +359,9 @@ class Notary(SecureAggregation):
     """Not secure at all: one exchange, sums in the clear. What another protocol has to bring."""
 
     max_cohort = None
+    min_cohort = 4
+    colluders = 0
+    nodes_learn_sum = False
 
     def check_population(self, population):
         pass
