@@ -52,9 +52,11 @@ def error_bound(parties: int) -> float:
 
     The sum of three parts, for ``parties`` ciphertexts and the server's own of zero:
 
-    * the noise of encryption, ``8 sqrt(2) sigma N + 6 sigma sqrt(N) + 16 sigma sqrt(h N)`` each
-      (Cheon et al., ASIACRYPT 2017, Lemma 1, which holds but for a chance of about 2^-55, with
-      h <= N), over the scale;
+    * the noise of encryption, ``16 sqrt(2/3) sigma N + 6 sigma sqrt(N) + 16 sigma sqrt(h N)`` each,
+      and of taking off the special prime, ``sqrt(N/3) (3 + 8 sqrt(h))``, over the scale (Cheon et
+      al., ASIACRYPT 2017, Lemmas 1 and 2, for the ternary secrets of SEAL, whose variance is 2/3,
+      and h <= N of them not 0). These are six standard deviations, and the scale leaves room for
+      1e5 times as much;
     * rounding of the N coefficients to integers: at most ``N / 2`` each, over the scale;
     * the floating point of the transforms of N points: a relative error, in the 2-norm, of at most
       ``8 u log2 N`` each (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 24.2), so
@@ -62,7 +64,8 @@ def error_bound(parties: int) -> float:
     """
     checks.positive_int(parties=parties)
     n = RING_DIMENSION
-    fresh = 8 * math.sqrt(2) * _SIGMA * n + 6 * _SIGMA * math.sqrt(n) + 16 * _SIGMA * n
+    fresh = 16 * math.sqrt(2 / 3) * _SIGMA * n + 6 * _SIGMA * math.sqrt(n) + 16 * _SIGMA * n
+    fresh += math.sqrt(n / 3) * (3 + 8 * math.sqrt(n))
     rounded = n / 2
     transforms = 2 * math.sqrt(n) * 8 * _UNIT_ROUNDOFF * math.log2(n) * CAPACITY
     return (parties + 1) * (fresh + rounded) / 2.0**SCALE_BITS + transforms

@@ -1,5 +1,6 @@
 """CKKS: sums are exact at the extremes, keys are what they should be, rounds end as they should."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -183,6 +184,18 @@ def test_a_round_gives_the_sum_of_whoever_answered(keys):
     assert isinstance(total, SecureSum)
     assert total.survivors == NODES[1:]
     np.testing.assert_array_equal(total.total, sum(vector(node) for node in NODES[1:]))
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_every_subset_that_is_large_enough_gives_its_own_sum(keys, size):
+    answers = encrypted(keys)
+    for there in itertools.combinations(NODES, size):
+        second = begun(keys[0]).receive({node: answers[node] for node in there})
+        for count in (1, 2):
+            for answering in itertools.combinations(second.requests, count):
+                total = second.receive(decrypted(keys, second, answering))
+                assert total.survivors == there
+                np.testing.assert_array_equal(total.total, sum(map(vector, there)))
 
 
 def test_one_that_decrypts_is_enough_and_none_is_not(keys):
