@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Processes that share the tests, each with one thread.
+WORKERS ?= 2
 
 .PHONY: demo test lint types layers unit clean
 
@@ -21,7 +23,7 @@ layers: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

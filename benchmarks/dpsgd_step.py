@@ -31,6 +31,7 @@ from dpfl_flower.rng import secure
 
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.05
 BAR, REPEATS = 0.80, 11
+STEPS = 1_000_000  # as many as anybody takes: what is drawn at once follows from the model
 PLAIN, OURS, GHOST = "plain SGD", "dpfl-flower", "Opacus ghost"
 Step = Callable[[], object]
 
@@ -56,10 +57,10 @@ def ours(task: Task, *, engine: GradientEngine = GradientEngine.AUTO) -> Step:
         model, nn.CrossEntropyLoss(reduction="none"), clip_norm=CLIP_NORM, engine=engine
     ).__enter__()
     optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
-    release = NoisyGradient(NOISE_MULTIPLIER, CLIP_NORM, float(len(batch[-1])), secure())
+    release = NoisyGradient(NOISE_MULTIPLIER, float(len(batch[-1])), secure(), steps=STEPS)
 
     def step() -> None:
-        noisy = release(clipper.clipped_sum(batch))
+        noisy = release(clipper.clipped_sum(batch), clip_norm=CLIP_NORM)
         for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         optimizer.step()

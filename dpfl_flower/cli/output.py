@@ -9,10 +9,11 @@ standard output is exactly one JSON object, also for an error.
 }
 """
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Annotated, Any
@@ -55,6 +56,16 @@ class Output:
     """Prints in the format that was asked for."""
 
     format: Format
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Show, on a terminal, that ``what`` takes its time."""
+        errors = Console(stderr=True)
+        if not errors.is_terminal:
+            yield
+            return
+        with errors.status(f"{what} ..."):
+            yield
 
     @property
     def is_json(self) -> bool:

@@ -136,8 +136,9 @@ def plan(
         budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=unit, relation=relation)
         sampling = PoissonSampling(cohort, population)
         budget.check_population(population)
-        multiplier = calibrate(budget, sampling, rounds)
-        around = neighbourhood(sampling, budget, multiplier, rounds)
+        with output.working("Solving for the noise, then pricing its neighbourhood"):
+            multiplier = calibrate(budget, sampling, rounds)
+            around = neighbourhood(sampling, budget, multiplier, rounds)
     except (ValueError, UnsupportedEvent) as error:
         raise output.fail(ExitCode.BAD_ARGUMENTS, str(error)) from None
     drowning = math.floor((cohort / multiplier) ** 2)
@@ -195,9 +196,10 @@ def _epsilon(event: Composed, budget: PrivacyBudget) -> float:
 def _table(around: list[tuple[int, int, float]], noise_multiplier: float) -> Table:
     counts = sorted({count for _, count, _ in around})
     title = f"Epsilon at noise multiplier {noise_multiplier:.4f}, by cohort and rounds"
-    table = Table(title=title, title_justify="left")
+    note = "noise: on each coordinate of the mean, in clip norms C"
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     table.add_column("cohort", justify="right")
-    table.add_column("noise on the mean [clip norms]", justify="right")
+    table.add_column("noise [C]", justify="right")
     for count in counts:
         table.add_column(f"{count} rounds", justify="right")
     for cohort in sorted({cohort for cohort, _, _ in around}):

@@ -64,7 +64,7 @@ class ClipNorms:
         expected = config.expected_batch_size
         self.noise_multiplier = self._policy.update_noise_multiplier(noise_multiplier, expected)
         stddev = self._policy.indicator_stddev(noise_multiplier, expected)
-        self._count = NoisyGradient(stddev / _HALF, _HALF, expected, rng)
+        self._count = NoisyGradient(stddev / _HALF, expected, rng)
         kept = ledger.state.config_records.get(self._key)
         if kept is not None and kept["run"] == ledger.run:
             self.current = float(str(kept["clip-norm"]))
@@ -88,7 +88,7 @@ class ClipNorms:
         """
         if self._policy is None or self._count is None:
             return
-        (noisy,) = self._count([fitting.reshape(1)])
+        (noisy,) = self._count([fitting.reshape(1)], clip_norm=_HALF)
         self.current = self._policy.updated(self.current, float(noisy) + 0.5)
         self._ledger.state[self._key] = ConfigRecord(
             {"run": self._ledger.run, "clip-norm": repr(self.current)}

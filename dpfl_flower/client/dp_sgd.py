@@ -252,6 +252,12 @@ class DPSGDClient(NumPyClient):
         clip_norms = ClipNorms(
             config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
         )
+        release = NoisyGradient(
+            clip_norms.noise_multiplier,
+            config.expected_batch_size,
+            self._rng,
+            steps=config.steps_per_round,
+        )
         self._model.train()
         with (
             unchanged_buffers(self._model),
@@ -268,13 +274,7 @@ class DPSGDClient(NumPyClient):
                 sample = SampleSum(clipper, self._records)
                 for indices in self._sample():
                     sample.add(indices)
-                release = NoisyGradient(
-                    clip_norms.noise_multiplier,
-                    clip_norms.current,
-                    config.expected_batch_size,
-                    self._rng,
-                )
-                noisy = release(sample.total)
+                noisy = release(sample.total, clip_norm=clip_norms.current)
                 clip_norms.update(sample.fitting)
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
                     parameter.grad = gradient.to(parameter.dtype)

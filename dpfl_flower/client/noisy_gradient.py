@@ -1,12 +1,12 @@
 """What a step of DP-SGD releases: the clipped sum on an integer grid, with integer noise.
 
->>> release = NoisyGradient(noise_multiplier=0.0, clip_norm=1.0, divisor=4.0, rng=secure())
->>> release([torch.ones(2), torch.zeros(1, 1)])
+>>> release = NoisyGradient(noise_multiplier=0.0, divisor=4.0, rng=secure())
+>>> release([torch.ones(2), torch.zeros(1, 1)], clip_norm=1.0)
 [tensor([0.2500, 0.2500]), tensor([[0.]])]
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -14,68 +14,97 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpfl_flower import checks
 from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.rng import RandomSource, secure
 
 __all__ = ["NoisyGradient", "secure"]
 
 _DITHER_STEP: Final = 2.0**-32
+_AT_ONCE: Final = 1 << 16
+"""Draws that cost little more than a few: small models draw the noise of several steps."""
 
 
-@dataclass(frozen=True)
 class NoisyGradient:
-    """Rounds a sum to integers, adds noise to them and divides.
+    """Rounds sums to integers, adds noise to them and divides.
 
-    The sum is rounded with a fresh dither, noise from a table is added to the integers, and one
+    A sum is rounded with a fresh dither, noise from a table is added to the integers, and one
     conversion to float comes last: the low bits of the sum leave with no answer, and the noise is
     the one that is charged but for `SumGrid.total_variation`.
 
-    Dither and noise of a step are drawn at once. They come from the host; on an accelerator, whose
-    kernels are queued, that happens while the device still computes the sum.
+    Dither and noise come from the host; on an accelerator, whose kernels are queued, they are drawn
+    while the device still computes the sum. Each draw is used once, and in the process that drew
+    it: a forked child draws its own.
 
-    Attributes
+    Parameters
     ----------
     noise_multiplier : float
         Standard deviation of the noise in clip norms; 0 for none.
-    clip_norm : float
-        How far one example moves the sum, at most.
     divisor : float
         A public constant, > 0.
     rng : RandomSource
         Where dither and noise come from.
+    steps : int
+        How many sums there will be: of so many the noise may be drawn at once.
     """
 
-    noise_multiplier: float
-    clip_norm: float
-    divisor: float
-    rng: RandomSource
+    def __init__(
+        self, noise_multiplier: float, divisor: float, rng: RandomSource, *, steps: int = 1
+    ) -> None:
+        checks.non_negative(noise_multiplier=noise_multiplier)
+        checks.positive(divisor=divisor)
+        checks.positive_int(steps=steps)
+        self.noise_multiplier = noise_multiplier
+        self._divisor = divisor
+        self._rng = rng
+        self._steps = steps
+        self._drawn: list[tuple[Tensor, Tensor]] = []
+        self._process = os.getpid()
 
-    def __call__(self, total: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy mean, in the shapes and the dtype of ``total``."""
+    def __call__(self, total: Sequence[Tensor], *, clip_norm: float) -> list[Tensor]:
+        """Return the noisy mean, in the shapes and the dtype of ``total``.
+
+        Parameters
+        ----------
+        total : sequence of Tensor
+            A sum that one example moves by at most ``clip_norm``; as many entries each time.
+        clip_norm : float
+            In the units of the sum.
+        """
         if self.noise_multiplier == 0:
-            return [tensor / self.divisor for tensor in total]
+            return [tensor / self._divisor for tensor in total]
         sizes = [tensor.numel() for tensor in total]
         grid = sum_grid(self.noise_multiplier, sum(sizes))
         flat = torch.cat([tensor.flatten() for tensor in total])
-        dither, noise = self._draw(grid, flat.device)
-        unit = self.clip_norm / grid.clip_units
+        dither, noise = self._next(grid, flat.device)
+        unit = clip_norm / grid.clip_units
         cells = dither.add_(flat, alpha=1 / unit).floor_().add_(noise)
-        noisy = cells.mul_(unit / self.divisor).to(flat.dtype)
+        noisy = cells.mul_(unit / self._divisor).to(flat.dtype)
         return [
             part.view(tensor.shape)
             for part, tensor in zip(torch.split(noisy, sizes), total, strict=True)
         ]
 
-    def _draw(self, grid: SumGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-        n = grid.dimension
-        # Multiples of 2^-32 in [0, 1), odd ones of 2^-33 in fact: symmetric about 1/2.
-        words = np.frombuffer(self.rng.random_bytes(4 * n), np.uint32)
-        dither = torch.from_numpy((words.astype(np.float64) + 0.5) * _DITHER_STEP)
-        noise = torch.from_numpy(grid.noise.sample(n, self.rng))
+    def _next(self, grid: SumGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._process != os.getpid():
+            self._process, self._drawn = os.getpid(), []
+        if not self._drawn or self._drawn[-1][0].numel() != grid.dimension:
+            self._drawn = self._draw(grid, max(1, min(self._steps, _AT_ONCE // grid.dimension)))
+        dither, noise = self._drawn.pop()
+        self._steps = max(1, self._steps - 1)
         if device.type == "cuda":
             dither = dither.pin_memory().to(device, non_blocking=True)
             noise = noise.pin_memory().to(device, non_blocking=True)
         return dither, noise
+
+    def _draw(self, grid: SumGrid, steps: int) -> list[tuple[Tensor, Tensor]]:
+        n = steps * grid.dimension
+        # Odd multiples of 2^-33 in (0, 1): symmetric about 1/2.
+        words = np.frombuffer(self._rng.random_bytes(4 * n), np.uint32)
+        dither = torch.from_numpy((words.astype(np.float64) + 0.5) * _DITHER_STEP)
+        noise = torch.from_numpy(grid.noise.sample(n, self._rng))
+        parts = (torch.split(dither, grid.dimension), torch.split(noise, grid.dimension))
+        return list(zip(*parts, strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -4,48 +4,28 @@ Whom to ask, and what of, is what it would be without; only the vectors are boun
 themselves, masked, and summed under their masks.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final, final
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from dpfl_flower import records
 from dpfl_flower.accounting import PrivacyUnit, Relation, TrustModel
 from dpfl_flower.client.contribution import SumBound
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
-from dpfl_flower.secagg import (
-    RoundAbandoned,
-    SecureAggregation,
-    SecureExchange,
-    SecureSum,
-    Session,
-    SumRequest,
-    bits_without_wrap,
-)
+from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, bits_without_wrap
 from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import PrivateRun
-from dpfl_strategies.replies import accepted
+from dpfl_strategies.secure_round import SecureRound
 from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, Weighting
 
 __all__ = ["SecureGathering"]
 
-log = logging.getLogger("flwr.dpfl")
-
 _STAGES: Final = 5
 _LONGEST_SECONDS: Final = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class _Round:
-    """Where the round stands: an exchange that waits for replies, its sum, or None: abandoned."""
-
-    task: RecordDict
-    now: SecureExchange | SecureSum | None
 
 
 @final
@@ -95,7 +75,7 @@ class SecureGathering(Gathering):
         self._units = 1 if self._nodes_are_units else request.sampling.population
         secure.check_population(inner.num_nodes)
         self._bound(LARGEST_SENSITIVITY_UNITS)
-        self._round: _Round | None = None
+        self._round: SecureRound | None = None
 
     @property
     def name(self) -> str:
@@ -156,29 +136,17 @@ class SecureGathering(Gathering):
             seconds=min(_LONGEST_SECONDS, _STAGES * self.stage_seconds),
             largest=self._largest,
         )
-        try:
-            self._round = _Round(task, self._secure.begin(request))
-        except RoundAbandoned as abandoned:
-            self._round = _abandoned(asked, task, abandoned)
-        return _requests(asked, self._round) or []
+        self._round = SecureRound(self._secure, request, task)
+        return self._round.messages()
 
     def proceed(self, asked: Asked, replies: Iterable[Message]) -> list[Message] | None:
         """Return the next stage's messages; None once the sum is there, or given up."""
+        del asked
         current = self._round
-        if current is None or not isinstance(current.now, SecureExchange):
+        if current is None or current.finished:
             return None
-        exchange = current.now
-        answers = {
-            message.metadata.src_node_id: message.content
-            for message in accepted(
-                replies, asked=exchange.requests.keys(), group=_group(asked, exchange)
-            )
-        }
-        try:
-            self._round = _Round(current.task, exchange.receive(answers))
-        except RoundAbandoned as abandoned:
-            self._round = _abandoned(asked, current.task, abandoned)
-        return _requests(asked, self._round)
+        current.receive(replies)
+        return None if current.finished else current.messages()
 
     def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered | None:
         """Return the sum, None for an abandoned round.
@@ -189,14 +157,14 @@ class SecureGathering(Gathering):
             If the exchange has not come to its end.
         """
         current, self._round = self._round, None
-        if current is None or isinstance(current.now, SecureExchange):
+        if current is None or not current.finished:
             raise RuntimeError(
                 f"round {asked.server_round} waits for further messages: send what continue_train "
                 "returns until it returns None, then aggregate"
             )
-        if current.now is None:
+        if current.total is None:
             return None
-        return Gathered(current.now.total, len(current.now.survivors), [])
+        return Gathered(current.total.total, len(current.total.survivors), [])
 
     def _bound(self, largest_entry: int) -> SumBound:
         """Return the bound on each node's vector; ValueError where the sum could wrap around."""
@@ -221,25 +189,3 @@ def _w_max(weighting: Weighting | None) -> float:
         "secure_aggregation, and weigh() that of DPFedAvg: nodes weigh themselves, by public "
         "constants"
     )
-
-
-def _group(asked: Asked, exchange: SecureExchange) -> str:
-    return f"{asked.server_round}/{exchange.stage}"
-
-
-def _requests(asked: Asked, current: _Round) -> list[Message] | None:
-    exchange = current.now
-    if not isinstance(exchange, SecureExchange):
-        return None
-    messages = []
-    for node, protocol in exchange.requests.items():
-        content = RecordDict(dict(current.task) if exchange.carries_task else {})
-        for name, record in protocol.items():
-            content[name] = record
-        messages.append(Message(content, node, MessageType.TRAIN, group_id=_group(asked, exchange)))
-    return messages
-
-
-def _abandoned(asked: Asked, task: RecordDict, reason: RoundAbandoned) -> _Round:
-    log.warning("NOT PRIVATE: round %d is abandoned: %s", asked.server_round, reason)
-    return _Round(task, None)

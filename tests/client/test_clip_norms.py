@@ -135,7 +135,7 @@ def test_a_record_moves_the_count_by_a_half_and_a_broken_one_by_nothing():
 
 
 def test_the_noisy_mean_is_divided_by_the_public_number_and_lies_on_the_grid():
-    (mean,) = NoisyGradient(3.0, 1.0, 10.0, SeededRandom(1))([torch.zeros(1000)])
+    (mean,) = NoisyGradient(3.0, 10.0, SeededRandom(1))([torch.zeros(1000)], clip_norm=1.0)
     cells = mean.double() * 10 * SumGrid.for_noise_multiplier(3.0, 1000).clip_units
     assert torch.allclose(cells, cells.round(), atol=1e-6)
     assert 0.25 < float(mean.std()) < 0.35

@@ -58,7 +58,7 @@ def test_the_noise_of_a_step_has_the_scale_of_opacus_optimizer():
         private(data.tensors[0]).mean().backward()
         optimizer.step()
     theirs = model.weight.detach().flatten().double().numpy()
-    (ours,) = NoisyGradient(Z, clip_norm, float(batch), secure())([torch.zeros(d)])
+    (ours,) = NoisyGradient(Z, float(batch), secure())([torch.zeros(d)], clip_norm=clip_norm)
     ratio = ours.numpy().std() / theirs.std()
     # The ratio of two deviations has a standard error of 1/sqrt(d): 5.5 of them, and 3 % is 13.
     assert abs(ratio - 1) < 5.5 / np.sqrt(d)

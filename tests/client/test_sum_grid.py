@@ -8,7 +8,7 @@ import pytest
 from dpfl_flower.accounting import Gaussian, Ledger
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.sum_grid import SumGrid, most_total_variation
-from dpfl_flower.rng import SeededRandom
+from dpfl_flower.rng import SeededRandom, secure
 
 
 @pytest.mark.parametrize("dimension", [1, 3, 1000, 200_000])
@@ -76,10 +76,10 @@ def test_what_no_grid_can_carry_is_refused(arguments, named):
 def test_a_sum_is_rounded_without_bias_and_its_low_bits_do_not_leave():
     torch = pytest.importorskip("torch")
     d, divisor = 50_000, 8.0
-    release = NoisyGradient(1.0, 2.0, divisor, SeededRandom(3))
+    release = NoisyGradient(1.0, divisor, SeededRandom(3))
     grid = SumGrid.for_noise_multiplier(1.0, d)
     unit = 2.0 / grid.clip_units
-    (noisy,) = release([torch.full((d,), 0.3 * unit, dtype=torch.float64)])
+    (noisy,) = release([torch.full((d,), 0.3 * unit, dtype=torch.float64)], clip_norm=2.0)
     integers = noisy * divisor / unit
     assert (integers - integers.round()).abs().max() < 1e-6
     # Mean 0.3 of a unit, but for noise of 2^14 units: 6 standard errors.
@@ -95,3 +95,26 @@ def test_what_noise_strays_is_charged_to_delta():
             floats.plan("m", Gaussian(5.0), 10, total_variation=4.4e-12 * 545_000)
             floats.charge("m")
             assert floats.epsilon() > exact.epsilon() * 1.01
+
+
+def test_noise_that_is_drawn_ahead_is_used_once_each_and_never_by_a_forked_child(monkeypatch):
+    torch = pytest.importorskip("torch")
+    release = NoisyGradient(1.0, 1.0, secure(), steps=10)
+    seen = [release([torch.zeros(500)], clip_norm=1.0)[0].numpy() for _ in range(25)]
+    assert len({one.tobytes() for one in seen}) == 25
+    assert max(abs(np.corrcoef(seen)[np.triu_indices(25, 1)])) < 6.5 / math.sqrt(500)
+    ahead = NoisyGradient(1.0, 1.0, secure(), steps=10)
+    ahead([torch.zeros(500)], clip_norm=1.0)
+    left = [noise.clone() for _, noise in ahead._drawn]
+    assert len(left) == 9
+    monkeypatch.setattr("os.getpid", lambda: -1)  # as a child would see it
+    ahead([torch.zeros(500)], clip_norm=1.0)
+    assert not any(torch.equal(a, b) for a, (_, b) in zip(left, ahead._drawn, strict=False))
+
+
+def test_no_more_noise_is_drawn_than_there_are_steps():
+    torch = pytest.importorskip("torch")
+    release = NoisyGradient(1.0, 1.0, secure(), steps=3)
+    for left in (2, 1, 0, 0):
+        release([torch.zeros(5)], clip_norm=1.0)
+        assert len(release._drawn) == left
