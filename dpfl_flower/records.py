@@ -42,3 +42,7 @@ SECAGG_COLLUDERS: Final = "secagg-colluders"
 SECAGG_IDENTITY: Final = "secagg-identity"
 SECAGG_ROSTER: Final = "secagg-roster"
 SECAGG_JOURNAL: Final = "secagg-journal"
+
+# Secure aggregation by CKKS: the node's own config, and what it keeps of the round in its state.
+CKKS_KEY: Final = "ckks-key"
+CKKS_STATE: Final = "dpfl-flower.ckks.state"

@@ -1,5 +1,6 @@
 """Clients: a NumPyClient for the Message API, and one that trains with DP-SGD."""
 
+from dpfl_flower.client.ckks import ckks_mod
 from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.errors import (
@@ -35,6 +36,7 @@ __all__ = [
     "NoiseShare",
     "OptimizerFactory",
     "SharePolicy",
+    "ckks_mod",
     "guard_mod",
     "guarded",
     "local_noise_mod",

@@ -43,6 +43,7 @@ class NodeErrorCode(IntEnum):
     SECAGG_UNCONFIRMED = 127
     SECAGG_JOURNAL = 128
     SECAGG_REQUIRED = 129
+    SECAGG_KEY = 130
 
     @property
     def reason(self) -> str:
@@ -80,6 +81,7 @@ _REASONS: Final = {
     ),
     NodeErrorCode.SECAGG_JOURNAL: "the node's journal refused; its own log says why.",
     NodeErrorCode.SECAGG_REQUIRED: "this app answers to secure aggregation only.",
+    NodeErrorCode.SECAGG_KEY: "the server names another encryption key than this node's.",
 }
 
 

@@ -10,17 +10,23 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
 from dpfl_flower.client.contribution import contribution_for
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
+from dpfl_flower.client.secure_node import (
+    as_node_error,
+    contributed,
+    count_setting,
+    journal_of,
+    path_setting,
+    remember,
+)
 from dpfl_flower.secagg import node
 from dpfl_flower.secagg.errors import Refusal, Refused
-from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
 from dpfl_flower.secagg.messages import (
     AcknowledgeRequest,
     AdvertiseRequest,
@@ -34,19 +40,6 @@ from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
 
 __all__ = ["rules_from_node_config", "secure_aggregation_mod"]
-
-_CODES: Final = {
-    Refusal.MALFORMED: NodeErrorCode.MALFORMED_REQUEST,
-    Refusal.TOO_FEW_NODES: NodeErrorCode.SECAGG_TOO_FEW_NODES,
-    Refusal.THRESHOLD_TOO_LOW: NodeErrorCode.SECAGG_THRESHOLD_TOO_LOW,
-    Refusal.PEER_KEY_CHANGED: NodeErrorCode.SECAGG_PEER_KEY_CHANGED,
-    Refusal.SURVIVOR_AND_DROPPED: NodeErrorCode.SECAGG_SURVIVOR_AND_DROPPED,
-    Refusal.ALREADY_UNMASKED: NodeErrorCode.SECAGG_ALREADY_UNMASKED,
-    Refusal.REPLAYED: NodeErrorCode.SECAGG_REPLAYED,
-    Refusal.OUT_OF_ORDER: NodeErrorCode.SECAGG_OUT_OF_ORDER,
-    Refusal.UNCONFIRMED: NodeErrorCode.SECAGG_UNCONFIRMED,
-    Refusal.JOURNAL: NodeErrorCode.SECAGG_JOURNAL,
-}
 
 
 def secure_aggregation_mod(
@@ -72,7 +65,7 @@ def secure_aggregation_mod(
     try:
         return _answer(message, context, call_next)
     except Refused as refused:
-        return answer(NodeError(_CODES[refused.reason], str(refused)), reply_to=message)
+        return answer(as_node_error(refused), reply_to=message)
     except Exception as error:
         return answer(error, reply_to=message)
 
@@ -85,11 +78,11 @@ def rules_from_node_config(node_config: Mapping[str, object]) -> NodeRules:
     ValueError, OSError
         If a key has a value of another kind, or a file is missing or damaged.
     """
-    identity = _text(node_config, records.SECAGG_IDENTITY)
-    roster = _text(node_config, records.SECAGG_ROSTER)
+    identity = path_setting(node_config, records.SECAGG_IDENTITY)
+    roster = path_setting(node_config, records.SECAGG_ROSTER)
     return NodeRules(
-        min_cohort=_count(node_config, records.SECAGG_MIN_COHORT, NodeRules.min_cohort),
-        colluders=_count(node_config, records.SECAGG_COLLUDERS, NodeRules.colluders),
+        min_cohort=count_setting(node_config, records.SECAGG_MIN_COHORT, NodeRules.min_cohort),
+        colluders=count_setting(node_config, records.SECAGG_COLLUDERS, NodeRules.colluders),
         identity=None if identity is None else Identity.load(Path(identity)),
         roster=None if roster is None else Roster.load(Path(roster)),
     )
@@ -103,9 +96,9 @@ def _answer(message: Message, context: Context, call_next: ClientAppCallable) ->
         request = decode_request(message.content)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, str(error)) from error
-    journal = _journal(context)
+    journal = journal_of(context)
     journal.enter(request.server_round, request.stage)
-    _remember(context, journal.progress)
+    remember(context, journal.progress)
     # From here on the stage counts as answered, and whatever fails ends the round for this node.
     state = _take_state(context)
     reply, state = _stage(request, state, rules, message, context, call_next)
@@ -157,44 +150,8 @@ def _mask(
         # What the roster makes certain even if the server lies: docs/threat-model.md.
         most_survivors=None if rules.roster is None else state.threshold + 1,
     )
-    # The records may be those of other nodes' messages too: they are replaced, never changed.
-    message.content = contribution.task
-    answered = call_next(message, context)
-    if answered.has_error():
-        known = {int(code) for code in NodeErrorCode}
-        code = answered.error.code
-        raise NodeError(
-            NodeErrorCode(code) if code in known else NodeErrorCode.CLIENT_FAILED,
-            f"the app answered error code {code}",
-        )
-    vector = contribution.vector(answered.content)
-    if vector.shape != (state.width,):
-        raise NodeError(
-            NodeErrorCode.MALFORMED_REPLY,
-            f"the app's vector has shape {vector.shape}, must be {(state.width,)}",
-        )
+    vector = contributed(contribution, message, context, call_next, width=state.width)
     return node.mask(state, vector)
-
-
-def _journal(context: Context) -> Journal:
-    remembered = _recall(context)
-    path = _text(context.node_config, records.SECAGG_JOURNAL)
-    if path is None:
-        return MemoryJournal(remembered)
-    return FileJournal(Path(path), context.run_id, context.node_id, remembered=remembered)
-
-
-def _recall(context: Context) -> Progress:
-    record = context.state.config_records.get(records.SECAGG_PROGRESS)
-    if record is None:
-        return Progress()
-    return Progress(int(str(record["round"])), int(str(record["stage"])))
-
-
-def _remember(context: Context, progress: Progress) -> None:
-    context.state[records.SECAGG_PROGRESS] = ConfigRecord(
-        {"round": progress.server_round, "stage": progress.stage}
-    )
 
 
 def _take_state(context: Context) -> NodeState | None:
@@ -204,17 +161,3 @@ def _take_state(context: Context) -> NodeState | None:
         return None
     del context.state[records.SECAGG_STATE]
     return from_config(NodeState, dict(record))
-
-
-def _text(node_config: Mapping[str, object], key: str) -> str | None:
-    value = node_config.get(key)
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"node config {key}={value!r} must be a path")
-    return value
-
-
-def _count(node_config: Mapping[str, object], key: str, default: int) -> int:
-    value = node_config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"node config {key}={value!r} must be an integer")
-    return value

@@ -2,10 +2,13 @@
 
 The protocol is pure: `dpfl_flower.secagg.node` and `dpfl_flower.secagg.server` are functions from
 states and messages to states and messages. `dpfl_flower.client.secure_aggregation_mod` puts it
-into a ClientApp, the argument ``secure_aggregation=SecAggPlus()`` into a strategy.
+into a ClientApp, the argument ``secure_aggregation=SecAggPlus()`` into a strategy. `CKKS` is a
+second protocol, with `dpfl_flower.client.ckks_mod`, for nodes that share a key and trust each
+other.
 """
 
 from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
+from dpfl_flower.secagg.ckks import CKKS
 from dpfl_flower.secagg.errors import Refusal, Refused, RoundAbandoned
 from dpfl_flower.secagg.lanes import encoding_of, encoding_without_wrap
 from dpfl_flower.secagg.modulus import bits_without_wrap, fewest_bits
@@ -15,6 +18,7 @@ from dpfl_flower.secagg.secagg_plus import SecAggPlus
 from dpfl_flower.secagg.session import Session
 
 __all__ = [
+    "CKKS",
     "Identity",
     "Refusal",
     "Refused",

@@ -2,8 +2,8 @@
 
 A strategy knows no protocol. It asks a `SecureAggregation` to begin a round, sends what the
 `SecureExchange` wants sent, hands it the replies, and goes on until there is a `SecureSum` or the
-round is abandoned. `SecAggPlus` is the one that ships; another one subclasses both classes and
-brings its own mod for the nodes.
+round is abandoned. `SecAggPlus` is the one to take; `CKKS` is another. A third subclasses both
+classes and brings its own mod for the nodes.
 """
 
 from abc import ABC, abstractmethod
@@ -105,6 +105,11 @@ class SecureAggregation(ABC):
     @abstractmethod
     def colluders(self) -> int:
         """How many nodes may work with the server, for all that the protocol promises."""
+
+    @property
+    @abstractmethod
+    def nodes_learn_sum(self) -> bool:
+        """Whether honest nodes are shown the sum: then noise of their own must not be claimed."""
 
     @abstractmethod
     def check_population(self, population: int) -> None:

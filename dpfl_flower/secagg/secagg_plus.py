@@ -109,6 +109,11 @@ class SecAggPlus(SecureAggregation):
                     f"max_cohort={self.max_cohort!r} must be >= min_cohort={self.min_cohort!r}"
                 )
 
+    @property
+    def nodes_learn_sum(self) -> bool:
+        """Nodes see shares and keys, and never a vector or a sum."""
+        return False
+
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""
         least = max(self.min_cohort, self.colluders + 2)

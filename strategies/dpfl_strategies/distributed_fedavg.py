@@ -154,6 +154,11 @@ class DistributedDPFedAvg(Strategy):
             unit=unit,
             relation=relation,
         )
+        if secure_aggregation.nodes_learn_sum:
+            raise ValueError(
+                f"secure_aggregation={secure_aggregation!r} must not show nodes the sum: what they "
+                "see before it is reduced is not what distributed noise is accounted for"
+            )
         sampling_rate = _sampling_rate(request, num_nodes)
         secure_aggregation.check_population(num_nodes)
 

@@ -125,7 +125,8 @@ class PrivateStrategy(Strategy, ABC):
         :func:`~dpfl_flower.client.secure_aggregation_mod` around their train function. A round
         with too few survivors is abandoned: nothing is released or charged. With nodes as units
         the relation must be zero-out or replace-one, because whether a round is abandoned shows
-        whether a node is there. None (the default): the server sees each answer.
+        whether a node is there. ``CKKS(...)``, with :func:`~dpfl_flower.client.ckks_mod`, is a
+        weaker protocol. None (the default): the server sees each answer.
 
     Raises
     ------

@@ -125,7 +125,8 @@ class SecureGathering(Gathering):
         if len(registry) > self._max_cohort and not self._never_more:
             raise ValueError(
                 f"max_cohort={self._max_cohort} must be >= {len(registry)}, the nodes that are "
-                "registered: give SecAggPlus a larger one, so that the modulus leaves room for all"
+                f"registered: give {type(self._secure).__name__} a larger one, so that the modulus "
+                "leaves room for all"
             )
         asked = self._inner.ask(run, server_round, registry, reference)
         bound = self._bound(run.largest_entry)

@@ -380,6 +380,7 @@ class Notary(SecureAggregation):
     max_cohort = None
     min_cohort = 4
     colluders = 0
+    nodes_learn_sum = False
 
     def check_population(self, population):
         pass
