@@ -63,6 +63,7 @@ from dpfl_flower.secagg.lanes import encoding_without_wrap  # noqa: E402
 from dpfl_flower.secagg.masks import apply_masks  # noqa: E402
 from dpfl_flower.secagg.modulus import bits_without_wrap  # noqa: E402
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party  # noqa: E402
+from dpfl_flower.secagg.terms import terms_of  # noqa: E402
 from dpfl_flower.secagg.wire import decode_request, encode  # noqa: E402
 
 DIMENSION = 1_000_000
@@ -238,7 +239,7 @@ class Ours:
             }
         )
         self.request = SumRequest(
-            session=Session(RUN, 1),
+            session=Session(RUN, 1, terms_of(self.task)),
             nodes=tuple(range(1, nodes + 1)),
             width=grid.width,
             bits=self.encoding.bits,

@@ -11,7 +11,9 @@ True
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, Self, cast, final
 
@@ -44,7 +46,27 @@ __all__ = [
     "SumBound",
     "UpdateRequest",
     "contribution_for",
+    "masks_follow",
+    "under_masks",
 ]
+
+_masked: Final = ContextVar("masked", default=False)
+
+
+@contextmanager
+def under_masks() -> Iterator[None]:
+    """Tell the app that what it answers inside the block is masked before it leaves the node."""
+    before = _masked.set(True)
+    try:
+        yield
+    finally:
+        _masked.reset(before)
+
+
+def masks_follow() -> bool:
+    """Return whether the answer that is being made is masked before it leaves the node."""
+    return _masked.get()
+
 
 _CLIP_NORM: Final = "clip-norm"
 _DITHER_SEED: Final = "dither-seed"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, epsilon
+from dpfl_flower.client.contribution import masks_follow
 from dpfl_flower.client.distributed_request import DistributedRequest, awaiting_share
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
 from dpfl_flower.client.node_ledger import NodeLedger
@@ -258,6 +259,12 @@ def noise_share_mod(
 def _answer(
     share: NoiseShare, message: Message, context: Context, call_next: ClientAppCallable
 ) -> Message:
+    if not masks_follow():
+        raise NodeError(
+            NodeErrorCode.SECAGG_REQUIRED,
+            "a share of the noise protects a masked sum only: put secure_aggregation_mod around "
+            "noise_share_mod",
+        )
     content = message.content
     found = content.config_records.get(records.DISTRIBUTED)
     if found is None:

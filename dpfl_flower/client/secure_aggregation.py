@@ -15,7 +15,7 @@ from flwr.app import Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
-from dpfl_flower.client.contribution import contribution_for
+from dpfl_flower.client.contribution import contribution_for, under_masks
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
 from dpfl_flower.client.secure_node import (
     as_node_error,
@@ -37,6 +37,7 @@ from dpfl_flower.secagg.messages import (
 )
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
+from dpfl_flower.secagg.terms import terms_of
 from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
 
 __all__ = ["rules_from_node_config", "secure_aggregation_mod"]
@@ -141,6 +142,10 @@ def _mask(
     context: Context,
     call_next: ClientAppCallable,
 ) -> tuple[NodeState, Reply]:
+    if terms_of(message.content) != state.terms:
+        raise Refused(
+            Refusal.MALFORMED, "the terms of the sum are not those that the round began with"
+        )
     contribution = contribution_for(
         message.content,
         context.node_config,
@@ -150,7 +155,8 @@ def _mask(
         # What the roster makes certain even if the server lies: docs/threat-model.md.
         most_survivors=None if rules.roster is None else state.threshold + 1,
     )
-    vector = contributed(contribution, message, context, call_next, width=state.width)
+    with under_masks():
+        vector = contributed(contribution, message, context, call_next, width=state.width)
     return node.mask(state, vector)
 
 

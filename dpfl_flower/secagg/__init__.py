@@ -16,6 +16,7 @@ from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.secagg_plus import SecAggPlus
 from dpfl_flower.secagg.session import Session
+from dpfl_flower.secagg.terms import terms_of
 
 __all__ = [
     "CKKS",
@@ -34,4 +35,5 @@ __all__ = [
     "encoding_of",
     "encoding_without_wrap",
     "fewest_bits",
+    "terms_of",
 ]

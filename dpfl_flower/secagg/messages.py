@@ -61,6 +61,8 @@ class AdvertiseRequest:
         Entries that are packed together under a mask; see `encoding_of`.
     seconds : float
         After so long a node forgets the round.
+    terms : bytes
+        A digest of what the vector will be made by; see `terms_of`.
     """
 
     stage: ClassVar[Stage] = Stage.ADVERTISE
@@ -69,6 +71,7 @@ class AdvertiseRequest:
     bits: int
     lanes: int = 1
     seconds: float
+    terms: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)

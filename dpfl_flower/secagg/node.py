@@ -108,6 +108,7 @@ def advertise(
         width=request.width,
         bits=request.bits,
         lanes=request.lanes,
+        terms=request.terms,
         expires=now + request.seconds,
         mask_private=masking.private,
         seal_private=sealing.private,

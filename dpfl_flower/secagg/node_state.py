@@ -81,6 +81,8 @@ class NodeState:
     Attributes
     ----------
     run_id, node_id, server_round, width, bits, lanes, threshold : int
+    terms : bytes
+        What the vector is to be made by, as the round began.
     expires : float
         Seconds since the epoch after which the round is over for this node.
     mask_private, seal_private, seed : bytes
@@ -104,6 +106,7 @@ class NodeState:
     width: int
     bits: int
     lanes: int = 1
+    terms: bytes = b""
     expires: float
     mask_private: bytes = field(repr=False)
     seal_private: bytes = field(repr=False)
@@ -121,4 +124,4 @@ class NodeState:
     @property
     def session(self) -> Session:
         """The round of the run."""
-        return Session(self.run_id, self.server_round)
+        return Session(self.run_id, self.server_round, self.terms)

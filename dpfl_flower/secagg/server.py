@@ -102,6 +102,7 @@ class Advertising(ServerStage):
             bits=plan.bits,
             lanes=plan.lanes,
             seconds=float(plan.seconds),
+            terms=plan.session.terms,
         )
         return dict.fromkeys(plan.nodes, request)
 

@@ -5,6 +5,7 @@
 False
 """
 
+import hashlib
 from dataclasses import dataclass
 
 from dpfl_flower import checks
@@ -30,10 +31,13 @@ class Session:
         The id that Flower gave the run, the same at the server and at every node.
     server_round : int
         From 1 on.
+    terms : bytes
+        What the round's nodes agree on; see `terms_of`.
     """
 
     run_id: int
     server_round: int
+    terms: bytes = b""
 
     def __post_init__(self) -> None:
         checks.non_negative_int(run_id=self.run_id)
@@ -49,6 +53,7 @@ class Session:
                 purpose.encode().ljust(16, b"\0"),
                 node_bytes(self.run_id),
                 node_bytes(self.server_round),
+                hashlib.sha256(self.terms).digest(),
                 *map(node_bytes, parties),
             )
         )

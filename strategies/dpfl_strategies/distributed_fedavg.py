@@ -30,7 +30,7 @@ from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan, ShareNoise, design
 from dpfl_flower.quantize import DistributedGrid
-from dpfl_flower.secagg import SecureAggregation, Session, SumRequest
+from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
 from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
@@ -307,7 +307,7 @@ class DistributedDPFedAvg(Strategy):
             }
         )
         wanted = SumRequest(
-            session=Session(grid.run.run_id, server_round),
+            session=Session(grid.run.run_id, server_round, terms_of(task)),
             nodes=nodes,
             width=run.plan.grid.padded,
             bits=run.plan.grid.bits,

@@ -24,6 +24,7 @@ from dpfl_flower.secagg import (
     SecureAggregation,
     Session,
     SumRequest,
+    terms_of,
     encoding_without_wrap,
     fewest_bits,
 )
@@ -150,7 +151,7 @@ class SecureGathering(Gathering):
         for name, record in asked.records.items():
             task[name] = record
         request = SumRequest(
-            session=Session(grid.run.run_id, asked.server_round),
+            session=Session(grid.run.run_id, asked.server_round, terms_of(task)),
             nodes=tuple(asked.nodes),
             width=self._width,
             bits=self._encoding.bits,

@@ -18,7 +18,7 @@ from dpfl_flower.client.contribution import SumBound, UpdateRequest, contributio
 from dpfl_flower.client.errors import NodeError
 from dpfl_flower.client.secure_aggregation import rules_from_node_config
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
-from dpfl_flower.secagg import SecAggPlus, Session, SumRequest
+from dpfl_flower.secagg import SecAggPlus, Session, SumRequest, terms_of
 from dpfl_flower.secagg.messages import Stage
 from tests.support.node import all_bytes, context, message
 
@@ -73,7 +73,11 @@ class Nodes:
         """Carry a round out; stop before the stage ``until`` and return the exchange."""
         exchange = SecAggPlus(rosters=rosters).begin(
             SumRequest(
-                session=Session(5, server_round), nodes=NODES, width=4, bits=32, seconds=60.0
+                session=Session(5, server_round, terms_of(extra or task())),
+                nodes=NODES,
+                width=4,
+                bits=32,
+                seconds=60.0,
             )
         )
         while hasattr(exchange, "requests"):

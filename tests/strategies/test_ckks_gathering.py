@@ -98,8 +98,8 @@ def same(first, second):
     "changes",
     [
         {},
-        {"sampling": PoissonSampling(5, NODES)},
-        {"sampling": FixedSizeSampling(5, NODES), "relation": "replace-one"},
+        {"sampling": EveryoneSampling(NODES)},
+        {"sampling": EveryoneSampling(NODES), "relation": "replace-one"},
         {"clipping": AdaptiveClipping(initial=0.5)},
         {"weighting": NumExamplesWeighting(w_max=40, mean_weight=0.6)},
         {"rounding": "dithered"},
@@ -191,7 +191,7 @@ def test_what_could_not_hold_is_refused_at_configuration(files):
     with pytest.raises(ValueError, match="min_cohort=7"):
         strategy(secure_aggregation=ckks(files, min_cohort=7))
     with pytest.raises(ValueError, match="population=1048577"):
-        strategy(secure_aggregation=ckks(files), sampling=PoissonSampling(5, 2**20 + 1))
+        strategy(secure_aggregation=ckks(files), sampling=EveryoneSampling(2**20 + 1))
 
 
 def test_distributed_noise_is_refused_because_nodes_see_sums(files):

@@ -106,10 +106,17 @@ class First(CustomSampling):
     population = NODES
 
     def __init__(self, size):
-        self.expected_cohort = size
+        self._size = size
+
+    def __repr__(self):
+        return f"First({self._size})"
+
+    @property
+    def expected_cohort(self):
+        return self._size
 
     def draw(self, registry, rng):
-        return list(registry)[: self.expected_cohort]
+        return list(registry)[: self._size]
 
 
 @pytest.mark.parametrize("sampling", [PoissonSampling(5, NODES), FixedSizeSampling(5, NODES)])
