@@ -169,7 +169,7 @@ def shell(host: Path, script: str) -> str:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            timeout=400,
+            timeout=900,
             check=False,
         )
     assert ended.returncode == 0, log.read_text()
@@ -177,7 +177,7 @@ def shell(host: Path, script: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1100)
+@pytest.mark.timeout(1800)
 def test_the_readmes_commands_run_three_hospitals_and_a_masked_sum_there_is_the_plain_one(
     host: Path,
 ) -> None:
@@ -210,7 +210,7 @@ def test_the_readmes_commands_run_three_hospitals_and_a_masked_sum_there_is_the_
         "clinic",
         log_path=host / "run.log",
         run_config={"out": str(host / "model.npy")},
-        timeout_seconds=400,
+        timeout_seconds=600,
     )
     assert run.completed, (host / "run.log").read_text() + (host / "log").read_text()
     np.testing.assert_array_equal(np.load(host / "model.npy"), in_process(nodes=NODES, rounds=1))
