@@ -24,9 +24,9 @@ from dpfl_flower.secagg import (
     SecureAggregation,
     Session,
     SumRequest,
-    terms_of,
     encoding_without_wrap,
     fewest_bits,
+    terms_of,
 )
 from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays

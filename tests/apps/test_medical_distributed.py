@@ -129,7 +129,8 @@ def test_one_patients_step_is_the_gradient_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("trust", "central"), ("min-hospitals", 5), ("min-hospitals", 0)]
+    ("key", "value"),
+    [("trust", "central"), ("min-hospitals", 5), ("min-hospitals", 0), ("rosters", 1)],
 )
 def test_a_wrong_setting_is_refused(config: Config, key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{value}"):

@@ -21,7 +21,7 @@ from dpfl_flower.client import (
     SharePolicy,
     noise_share_mod,
 )
-from dpfl_flower.client.contribution import NoisedSum, contribution_for
+from dpfl_flower.client.contribution import NoisedSum, contribution_for, under_masks
 from dpfl_flower.client.distributed_request import DistributedRequest, request_awaiting_share
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.distributed import DistributedPlan, design
@@ -273,8 +273,24 @@ def content(asked):
     return RecordDict({**MODEL, records.DISTRIBUTED: asked.to_config()})
 
 
+def masking(message, context, call_next):
+    """Stands for secure aggregation, which masks what comes back."""
+    with under_masks():
+        return call_next(message, context)
+
+
+def test_no_share_leaves_without_masks(tmp_path):
+    """One share protects nothing by itself, and the ledger would be charged for all of them."""
+    path = tmp_path / "ledger.jsonl"
+    app = user_cohort_app(cohort_fn, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
+    ctx = context(ledger_path=str(path), **NODE)
+    reply = app(message("train", content(request(dimension=4))), ctx)
+    assert reply.error.code == NodeErrorCode.SECAGG_REQUIRED
+    assert not path.exists()
+
+
 def cohort_app():
-    return user_cohort_app(cohort_fn, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
+    return user_cohort_app(cohort_fn, mods=[masking, noise_share_mod(dataset="heart", delta=DELTA)])
 
 
 def residues_of(reply):
@@ -301,7 +317,7 @@ def test_a_cohort_answers_its_noised_sum_and_charges_the_nodes_ledger(tmp_path):
 
 
 def test_a_node_that_is_the_unit_answers_its_own_bounded_update():
-    weights = ClientApp(mods=[noise_share_mod(dataset="phone", delta=DELTA)])
+    weights = ClientApp(mods=[masking, noise_share_mod(dataset="phone", delta=DELTA)])
 
     @weights.train()
     def train(received, ctx):
@@ -339,7 +355,9 @@ def test_whatever_a_request_holds_the_answer_is_noised_or_an_error(data):
             | st.sampled_from(["node", "user", "replace-one", "zero-out", "skellam"])
         )
     sent = RecordDict({**MODEL, records.DISTRIBUTED: ConfigRecord(fields)})
-    asking = user_cohort_app(zeros_fn, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
+    asking = user_cohort_app(
+        zeros_fn, mods=[masking, noise_share_mod(dataset="heart", delta=DELTA)]
+    )
     reply = asking(message("train", sent), context(**NODE))
     if reply.has_error():
         assert reply.error.code in set(NodeErrorCode)
@@ -358,7 +376,7 @@ def zeros_fn(ctx):
 
 
 def test_a_node_that_is_the_unit_is_not_asked_for_a_vector_of_another_length():
-    app_of_weights = ClientApp(mods=[noise_share_mod(dataset="phone", delta=DELTA)])
+    app_of_weights = ClientApp(mods=[masking, noise_share_mod(dataset="phone", delta=DELTA)])
 
     @app_of_weights.train()
     def train(received, ctx):
@@ -387,7 +405,7 @@ def test_a_refused_policy_is_found_out_before_anybody_trains():
     def never(ctx):
         raise AssertionError("built")
 
-    asking = user_cohort_app(never, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
+    asking = user_cohort_app(never, mods=[masking, noise_share_mod(dataset="heart", delta=DELTA)])
     reply = asking(message("train", content(request(dimension=4))), context(secagg_colluders=2))
     assert reply.error.code == NodeErrorCode.POLICY_REFUSED
 

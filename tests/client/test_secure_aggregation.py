@@ -20,6 +20,8 @@ from dpfl_flower.client.secure_aggregation import rules_from_node_config
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import SecAggPlus, Session, SumRequest, terms_of
 from dpfl_flower.secagg.messages import Stage
+from dpfl_flower.secagg.node_state import NodeState
+from dpfl_flower.secagg.wire import from_config
 from tests.support.node import all_bytes, context, message
 
 GRID = IntegerGrid.for_noise_multiplier(1.0, 4)
@@ -73,7 +75,7 @@ class Nodes:
         """Carry a round out; stop before the stage ``until`` and return the exchange."""
         exchange = SecAggPlus(rosters=rosters).begin(
             SumRequest(
-                session=Session(5, server_round, terms_of(extra or task())),
+                session=Session(5, server_round, terms_of(RecordDict(dict(extra or task())))),
                 nodes=NODES,
                 width=4,
                 bits=32,
@@ -362,3 +364,62 @@ def test_nodes_with_rosters_in_files(tmp_path):
         path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         nodes.contexts[n].node_config["secagg-identity"] = str(path)
     assert nodes.go(rosters=True).survivors == NODES
+
+
+def test_terms_that_are_not_those_the_round_began_with_get_no_vector():
+    """A server that told one node a coarse grid and the others a fine one could take it apart."""
+    nodes = Nodes()
+    exchange = nodes.go(until="mask")
+    other = dict(task())
+    other[records.UPDATE] = ConfigRecord(dict(other[records.UPDATE]) | {"clip-norm": 2.0})
+    node, protocol = next(iter(exchange.requests.items()))
+    content = nodes.content(exchange, protocol, other)
+    assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
+
+
+def test_nodes_that_were_told_other_terms_share_no_keys():
+    nodes = Nodes()
+    exchange = nodes.go(until="share")
+    other = dict(task())
+    other[records.UPDATE] = ConfigRecord(dict(other[records.UPDATE]) | {"clip-norm": 2.0})
+    lied_to = NODES[0]
+    request = SumRequest(
+        session=Session(5, 1, terms_of(RecordDict(other))),
+        nodes=NODES,
+        width=4,
+        bits=32,
+        seconds=60.0,
+    )
+    fresh = Nodes()
+    first = SecAggPlus().begin(request).requests[lied_to]
+    honest = SecAggPlus().begin(
+        SumRequest(
+            session=Session(5, 1, terms_of(RecordDict(dict(task())))),
+            nodes=NODES,
+            width=4,
+            bits=32,
+            seconds=60.0,
+        )
+    )
+    keys = {}
+    for node in NODES:
+        asked = first if node == lied_to else honest.requests[node]
+        keys[node] = fresh.ask(node, fresh.content(honest, asked)).content
+    sharing = honest.receive(keys)
+    shared = {
+        node: fresh.ask(node, fresh.content(sharing, asked)).content
+        for node, asked in sharing.requests.items()
+    }
+    masking = sharing.receive(shared)
+    states = []
+    for node, asked in masking.requests.items():
+        if node != lied_to:
+            reply = fresh.ask(node, fresh.content(masking, asked, task()))
+            assert not reply.has_error()
+            state = from_config(
+                NodeState, dict(fresh.contexts[node].state.config_records[records.SECAGG_STATE])
+            )
+            states.append({held.node_id for held in state.held})
+    # What the node with other terms sealed opens for nobody: no mask of its is ever taken off.
+    assert all(lied_to not in held for held in states)
+    assert exchange.stage == "share"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
-from tests.support.secagg_on_virtual_engine import in_process
+from tests.support.secagg_on_virtual_engine import NODES, ROUNDS
+from tests.support.secure_run import in_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,4 +28,4 @@ def test_flowers_virtual_client_engine_gives_the_same_model_as_no_masks_at_all(t
         )
     finally:
         stop_marked(mark)
-    np.testing.assert_array_equal(np.load(out), in_process())
+    np.testing.assert_array_equal(np.load(out), in_process(nodes=NODES, rounds=ROUNDS))

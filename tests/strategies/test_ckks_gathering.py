@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from dpfl_flower import records
-from dpfl_flower.accounting import EveryoneSampling, FixedSizeSampling, PoissonSampling
+from dpfl_flower.accounting import EveryoneSampling, PoissonSampling
 from dpfl_flower.client import ckks_mod
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_flower.secagg import CKKS

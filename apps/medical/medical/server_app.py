@@ -96,7 +96,7 @@ def _strategy(settings: Settings) -> SampleLevelFedAvg | DistributedDPFedAvg:
         sampling=EveryoneSampling(round(settings.num_hospitals * settings.expected_patients)),
         clipping=FixedClipping(settings.clip_norm),
         num_nodes=settings.num_hospitals,
-        secure_aggregation=SecAggPlus(min_cohort=settings.min_hospitals),
+        secure_aggregation=SecAggPlus(min_cohort=settings.min_hospitals, rosters=settings.rosters),
         server_optimizer=FedAvgM(lr=settings.learning_rate, momentum=settings.server_momentum),
         dataset=SAMPLE,
     )

@@ -22,7 +22,7 @@ from .patients import Patient
 LOSS: Final = nn.BCEWithLogitsLoss(reduction="none")
 """One loss per patient: logistic regression."""
 
-T = TypeVar("T", int, float, str)
+T = TypeVar("T", bool, int, float, str)
 
 Row = tuple[NDArray[np.float64], np.float64]
 """One patient's features, shape ``(15,)``, and label."""
@@ -50,6 +50,9 @@ class Settings:
     min_hospitals
         Under distributed trust, the fewest hospitals in a sum: with fewer a round is abandoned,
         and so many shares are what a patient's protection counts on.
+    rosters
+        Under distributed trust, whether every hospital has a roster of the others' keys: they then
+        also sign who survived a round.
     num_rounds
         Rounds; each is one full-batch DP-SGD step in every hospital.
     learning_rate
@@ -72,6 +75,7 @@ class Settings:
     trust: Trust
     num_hospitals: int
     min_hospitals: int
+    rosters: bool
     num_rounds: int
     learning_rate: float
     server_momentum: float
@@ -100,7 +104,7 @@ class Settings:
         def read(key: str, kind: type[T]) -> T:
             value = run_config.get(key)
             accepted = (int, float) if kind is float else kind
-            if isinstance(value, bool) or not isinstance(value, accepted):
+            if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
                 raise ValueError(f"run config {key}={value!r} must be of type {kind.__name__}")
             return kind(value)
 
@@ -108,6 +112,7 @@ class Settings:
             trust=Trust(read("trust", str)),
             num_hospitals=read("num-hospitals", int),
             min_hospitals=read("min-hospitals", int),
+            rosters=read("rosters", bool),
             num_rounds=read("num-server-rounds", int),
             learning_rate=read("learning-rate", float),
             server_momentum=read("server-momentum", float),

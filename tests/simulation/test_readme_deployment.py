@@ -1,0 +1,219 @@
+"""The README's commands for real hosts, on the loopback interface: TLS, node keys, rosters."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from apps.medical.medical.report import Report
+from dpfl_flower.simulation import run_on_connection
+from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
+from tests.support.secure_run import in_process
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+MARKER = "<!-- deployment, executed by tests/simulation/test_readme_deployment.py -->"
+NODES = 3
+SEPARATOR = "\0"
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "exact"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41,<2"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "dpfl"
+
+[tool.flwr.app.components]
+serverapp = "exact.server_app:app"
+clientapp = "exact.client_app:app"
+
+[tool.flwr.app.config]
+out = ""
+"""
+CLIENT = """
+from flwr.clientapp import ClientApp
+from dpfl_flower.client import secure_aggregation_mod
+from tests.support.secure_run import train
+
+app = ClientApp()
+app.train(mods=[secure_aggregation_mod])(train)
+"""
+SERVER = """
+import numpy as np
+from flwr.serverapp import ServerApp
+from dpfl_flower.secagg import SecAggPlus
+from tests.support.secure_run import run
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    model = run(grid, nodes=3, rounds=1, secure_aggregation=SecAggPlus(rosters=True))
+    np.save(context.run_config["out"], model)
+"""
+
+
+class Commands(NamedTuple):
+    """The README's blocks, in its order."""
+
+    superlink: str
+    keys: str
+    register: str
+    supernodes: str
+    run: str
+
+    def script(self, *, mark: str) -> str:
+        """Return all of them as one script, the SuperNodes under a mark of their own."""
+        return "\n".join(
+            [
+                "set -eu",
+                self.superlink,
+                # A reader takes longer to get to the next block than the SuperLink to start.
+                "until flwr list clinic > /dev/null 2>&1; do kill -0 $!; sleep 0.5; done",
+                self.keys,
+                self.register,
+                f"export {MARK}={mark}",
+                self.supernodes,
+                self.run,
+            ]
+        )
+
+
+def free_ports() -> dict[str, str]:
+    """Return ports to take the place of the README's: the SuperLink's, and a prefix of three."""
+
+    def free(port: int) -> bool:
+        with contextlib.closing(socket.socket()) as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+        return True
+
+    start = 1100 + os.getpid() % 1000
+    prefixes = (p for p in range(start, 3200) if all(free(10 * p + n) for n in range(NODES + 1)))
+    prefix = next(prefixes)
+    return {"9092": f"{prefix}{NODES}", "910$n": f"{prefix}$n"}
+
+
+def commands() -> Commands:
+    """Return the README's commands, for one round and on free ports."""
+    blocks = re.findall(re.escape(MARKER) + r"\n```bash\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) == 5
+    text = SEPARATOR.join(blocks)
+    for old, new in {**free_ports(), "num-server-rounds=30": "num-server-rounds=1"}.items():
+        assert old in text, f"{old} is no longer in the README"
+        text = text.replace(old, new)
+    return Commands(*text.split(SEPARATOR))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder that stands for the repository's root; stop what was started in it."""
+    mark = new_mark()
+    for name in [n for n in os.environ if n.startswith(("FLWR_", "RAY_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("PATH", os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    shutil.copytree(
+        ROOT / "apps", tmp_path / "apps", ignore=shutil.ignore_patterns("__pycache__", "runs")
+    )
+    try:
+        yield tmp_path
+    finally:
+        monkeypatch.undo()  # this process must not carry the mark
+        stop_marked(mark)
+
+
+def stages(host: Path, node: int) -> dict[int, list[list[int]]]:
+    """Return the (round, stage) pairs that a node's journal holds, by run."""
+    found: dict[int, list[list[int]]] = {}
+    for line in (host / f"hospital{node}" / "journal").read_text().splitlines():
+        run_id, _, *progress = json.loads(line)
+        found.setdefault(run_id, []).append(progress)
+    return found
+
+
+def shell(host: Path, script: str) -> str:
+    """Run ``script`` in ``host`` to its end and return what it and what it left running said."""
+    log = host / "log"
+    with log.open("ab") as out:  # a file, not a pipe: what is left running holds it open
+        ended = subprocess.run(
+            ["bash", "-c", script],
+            cwd=host,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            timeout=900,
+            check=False,
+        )
+    assert ended.returncode == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_readmes_commands_run_three_hospitals_and_a_masked_sum_there_is_the_plain_one(
+    host: Path,
+) -> None:
+    blocks, supernodes = commands(), new_mark()
+    try:
+        printed = shell(host, blocks.script(mark=supernodes))
+    finally:
+        stop_marked(supernodes)
+    assert "3 of 3 hospitals trained, 1 rounds" in printed
+    report = Report.load(host / "runs" / "clinic")
+    assert [hospital.dataset for hospital in report.hospitals] == [
+        f"heart-disease/{name}" for name in ("Cleveland", "Hungary", "Switzerland")
+    ]
+    assert all(h.durable and 0.9 < h.epsilon <= 1.0 for h in report.hospitals)
+    assert report.worst_epsilon < report.epsilon_everywhere < math.inf
+
+    # The same three without a bound on epsilon: they would refuse a sum without their own noise,
+    # and only one with seeded noise shows whether the masked sum is the plain one.
+    insists = "max-epsilon=1.0 max-delta=1e-4"
+    assert insists in blocks.supernodes
+    shell(host, "COORDINATOR=localhost\n" + blocks.supernodes.replace(insists, ""))
+    package = host / "app" / "exact"
+    package.mkdir(parents=True)
+    (host / "app" / "pyproject.toml").write_text(PYPROJECT)
+    (package / "__init__.py").write_text("")
+    (package / "client_app.py").write_text(CLIENT)
+    (package / "server_app.py").write_text(SERVER)
+    run = run_on_connection(
+        host / "app",
+        "clinic",
+        log_path=host / "run.log",
+        run_config={"out": str(host / "model.npy")},
+        timeout_seconds=600,
+    )
+    assert run.completed, (host / "run.log").read_text() + (host / "log").read_text()
+    np.testing.assert_array_equal(np.load(host / "model.npy"), in_process(nodes=NODES, rounds=1))
+    for node in range(NODES):
+        # Five stages, with the signatures that rosters add, in each of the two runs.
+        assert list(stages(host, node).values()) == [[[1, stage] for stage in range(1, 6)]] * 2
