@@ -22,8 +22,10 @@ __all__ = ["ClosedFormEngine", "LocalUpdate"]
 LocalUpdate = Callable[[Mapping[str, NDArray[Any]], Any], Mapping[str, Array]]
 """``local_update(global_arrays, user_data)`` returns the arrays after this user's training.
 
-It depends on its two arguments alone. The global arrays are read-only; what comes back has their
-names and shapes. A user for whom it returns the global arrays contributes a valid zero update.
+It depends on its two arguments alone, and draws from no generator that users share (torch's,
+numpy's or random's own): what a user draws would depend on who came before. The global arrays are
+read-only; what comes back has their names and shapes. A user for whom it returns the global arrays
+contributes a valid zero update.
 """
 
 
