@@ -5,7 +5,7 @@ the same: a client that raises answers an error, works on copies of what it was 
 changes it made to its context; an unreachable node answers Flower's error; a node that stays
 silent is missing from the replies.
 
->>> from flwr.app import RecordDict
+>>> from flwr.app import Context, Message, RecordDict
 >>> from flwr.clientapp import ClientApp
 >>> app = ClientApp()
 >>> @app.query()
