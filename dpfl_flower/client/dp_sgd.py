@@ -21,7 +21,7 @@ False
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from flwr.client import NumPyClient
 from flwr.common import Config, NDArrays, Scalar
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
@@ -48,7 +47,18 @@ from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.client.torch_seed import seed_torch
 from dpfl_flower.rng import RandomSource, secure
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+class Steps(Protocol):
+    """What is used of an optimizer: any of ``torch.optim``, or one of the app's own."""
+
+    def step(self) -> object:
+        """Move the parameters by their gradients."""
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Forget the gradients."""
+
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Steps]
 
 __all__ = ["DPSGDClient", "DPSGDConfig", "NodeLedger", "OptimizerFactory", "TensorDataset"]
 

@@ -5,7 +5,7 @@ from typing import cast
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common import Config, NDArrays, Scalar
-from torch import nn, optim, tensor
+from torch import nn, tensor
 from torch.utils.data import TensorDataset
 
 from dpfl_flower.client import (
@@ -21,7 +21,7 @@ from . import distributed
 from .evaluation import ScoreHistogram
 from .hospital import Hospital
 from .split import Split
-from .task import LOSS, Settings, Trust, new_model, probabilities, tensors
+from .task import LOSS, GradientDescent, Settings, Trust, new_model, probabilities, tensors
 
 
 class HospitalClient(DPSGDClient):
@@ -40,7 +40,7 @@ class HospitalClient(DPSGDClient):
             tensors(split.training),
             config=settings.dp_sgd(),
             loss_fn=LOSS,
-            optimizer=lambda parameters: optim.SGD(parameters, lr=settings.learning_rate),
+            optimizer=lambda parameters: GradientDescent(parameters, lr=settings.learning_rate),
             ledger=NodeLedger.from_context(
                 context, dataset=hospital.dataset, path=hospital.ledger_path
             ),

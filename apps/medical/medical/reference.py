@@ -5,12 +5,12 @@ allows.
 """
 
 import torch
-from torch import nn, optim
+from torch import nn
 
 from .evaluation import ScoreHistogram
 from .patients import HOSPITALS, sample_patients
 from .split import Split
-from .task import LOSS, Settings, new_model, probabilities, tensors
+from .task import LOSS, GradientDescent, Settings, new_model, probabilities, tensors
 
 
 def train_reference(settings: Settings) -> nn.Linear:
@@ -18,8 +18,8 @@ def train_reference(settings: Settings) -> nn.Linear:
     splits = [Split.of(sample_patients(name), seed=settings.split_seed) for name in HOSPITALS]
     x, y = tensors(tuple(p for split in splits for p in split.training)).tensors
     model, average = new_model(), new_model()
-    # torch's momentum multiplies the velocity by the learning rate as the server's does.
-    optimizer = optim.SGD(
+    # As torch's, this momentum multiplies the velocity by the learning rate as the server's does.
+    optimizer = GradientDescent(
         model.parameters(), lr=settings.learning_rate, momentum=settings.server_momentum
     )
     kept = 0

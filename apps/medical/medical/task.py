@@ -1,6 +1,6 @@
 """What the hospitals agreed on in public: the model, how it is trained, and what it may cost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -145,6 +145,33 @@ def gradient_step(
     weight, bias = (np.asarray(arrays[name], np.float64) for name in ("weight", "bias"))
     slope = expit(weight[0] @ features + bias[0]) - label
     return {"weight": weight - slope * features, "bias": bias - slope}
+
+
+class GradientDescent:
+    """Plain steps, with momentum (the sum of gradients, each step's memory fading).
+
+    ``torch.optim`` imports a compiler first, which takes longer than training here.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.0
+    ) -> None:
+        self._parameters, self._lr, self._momentum = list(parameters), lr, momentum
+        self._velocity = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    def step(self) -> None:
+        """Move each parameter by its gradient."""
+        with torch.no_grad():
+            for parameter, velocity in zip(self._parameters, self._velocity, strict=True):
+                if parameter.grad is not None:
+                    velocity.mul_(self._momentum).add_(parameter.grad)
+                    parameter.sub_(velocity, alpha=self._lr)
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        del set_to_none
+        for parameter in self._parameters:
+            parameter.grad = None
 
 
 def new_model() -> nn.Linear:
