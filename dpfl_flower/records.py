@@ -18,6 +18,8 @@ INTEGER_SUM: Final = "integer-sum"
 SUM: Final = "sum"
 # A node that adds a share of the noise: what it is asked in a ConfigRecord.
 DISTRIBUTED: Final = "distributed"
+# A node that adds all of the noise: what it is asked in a ConfigRecord.
+LOCAL: Final = "local"
 
 # Keys of a node's own config (``flower-supernode --node-config``).
 LEDGER_PATH: Final = "ledger-path"

@@ -11,7 +11,8 @@ from dpfl_flower.client.errors import (
     guard_mod,
     guarded,
 )
-from dpfl_flower.client.local_noise import LocalLaw, LocalNoise, local_noise_mod
+from dpfl_flower.client.local_answer import LocalPolicy, local_noise_mod
+from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
@@ -28,6 +29,7 @@ __all__ = [
     "GradientEngine",
     "LocalLaw",
     "LocalNoise",
+    "LocalPolicy",
     "ModelRefused",
     "NodeError",
     "NodeErrorCode",

@@ -10,9 +10,7 @@
 True
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -24,7 +22,7 @@ from dpfl_flower.distributed import DistributedPlan
 from dpfl_flower.distributed.plan import PLAN_FIELDS
 from dpfl_flower.quantize import DistributedGrid, DistributedSum
 
-__all__ = ["DistributedRequest", "awaiting_share", "request_awaiting_share"]
+__all__ = ["DistributedRequest"]
 
 _SERVER_ROUND: Final = "server-round"
 _NUM_ROUNDS: Final = "num-rounds"
@@ -126,29 +124,3 @@ class DistributedRequest:
             rotation_seed=record.get(_ROTATION_SEED),  # type: ignore[arg-type]
             sampling_rate=record.get(_SAMPLING_RATE),  # type: ignore[arg-type]
         )
-
-
-_awaiting: Final[ContextVar[DistributedRequest | None]] = ContextVar("awaiting", default=None)
-
-
-@contextmanager
-def awaiting_share(request: DistributedRequest) -> Iterator[None]:
-    """Let the app that is called in the block answer ``request`` without noise.
-
-    Only for whoever adds the share to that answer. The request does not travel to the app in the
-    message, where a server could put one too.
-    """
-    token = _awaiting.set(request)
-    try:
-        yield
-    finally:
-        _awaiting.reset(token)
-
-
-def request_awaiting_share() -> DistributedRequest | None:
-    """Return the request to whose answer a share will be added; None: there is none.
-
-    An app of its own kind behind `noise_share_mod` answers its units' ``request.open_sum().total``
-    to it, as `user_cohort_app` does.
-    """
-    return _awaiting.get()

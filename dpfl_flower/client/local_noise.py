@@ -1,7 +1,8 @@
-"""Local trust: a node clips its whole update and adds all of the noise itself.
+"""Local trust: how a node bounds what it answers, and all of the noise that it adds itself.
 
-Nobody else is trusted with anything. The unit is the node and the relation replace-one: whoever
-sees a node's answer may compare any two data sets it could have.
+Nobody else is trusted with anything. Either the node is the unit and the relation is replace-one:
+whoever sees the answer may compare any two data sets that the node could have. Or the units are
+the users or records inside it, whom the node alone adds up.
 
 >>> noise = LocalNoise(clip_norm=1.0, rounds=10, delta=1e-5, target_epsilon=8.0)
 >>> round(noise.resolve_noise_multiplier(), 2)
@@ -10,47 +11,33 @@ sees a node's answer may compare any two data sets it could have.
 Gaussian(noise_multiplier=3.8)
 """
 
+import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Final, Self
 
-import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
-from flwr.clientapp.typing import ClientAppCallable, Mod
-
-from dpfl_flower import checks, records
+from dpfl_flower import checks
 from dpfl_flower.accounting import (
     Composed,
     Event,
     Gaussian,
     Laplace,
+    PoissonSampled,
     PrivacyBudget,
     PrivacyUnit,
     Relation,
     calibrate_event,
-    epsilon,
 )
-from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
-from dpfl_flower.client.node_ledger import NodeLedger, claim
-from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.accounting.accountant import require_supported
 from dpfl_flower.clipping import Norm
-from dpfl_flower.layout import Array as AnyArray
-from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.noise import NoiseDistribution, RoundedGaussian, RoundedLaplace
-from dpfl_flower.quantize import BoundedSum, IntegerGrid, to_float
-from dpfl_flower.rng import secure
-from dpfl_flower.wire import answered_arrays, read_array
+from dpfl_flower.quantize import IntegerGrid
 
-__all__ = ["LocalLaw", "LocalNoise", "local_noise_mod"]
+__all__ = ["LocalLaw", "LocalNoise"]
+
+_SAMPLERS: Final = 2.0**-80
+"""More total variation than all rounds' samplers have, so that calibrating leaves room for it."""
 
 
 class LocalLaw(StrEnum):
@@ -64,13 +51,12 @@ class LocalLaw(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalNoise:
-    """How a node's update is clipped and noised, and what all of its rounds may cost.
+    """How units are clipped and their node's answer noised, and what all rounds may cost.
 
     Attributes
     ----------
     clip_norm : float
-        L2 bound on the update, L1 for Laplace noise. Another data set moves the update by at most
-        twice that: replace-one.
+        L2 bound on one unit's update, L1 for Laplace noise.
     rounds : int
         Rounds of a run; a node answers no more.
     delta : float
@@ -82,11 +68,20 @@ class LocalNoise:
     law : LocalLaw
     max_inflation : float
         How much longer than the clip norm the enforced bound may be.
+    unit : PrivacyUnit
+        The node, whose whole update is bounded; or users or examples, whose sum is noised once.
+    relation : Relation
+        For a node only replace-one: another data set moves its update by at most twice the clip
+        norm. Inside a node also add-or-remove-one and zero-out: a unit moves the sum by one.
+    sampling_rate : float or None
+        Inside a node: each unit joins a round by a secret coin of the node's own. It amplifies,
+        since only the noisy sum leaves, and no trace of the coins. None for a node.
 
     Raises
     ------
     ValueError
-        Naming the argument, its value and its bound.
+        Naming the argument, its value and its bound; UnsupportedEvent where the relation has no
+        price, as sampled Laplace noise under replace-one.
     """
 
     clip_norm: float
@@ -96,10 +91,15 @@ class LocalNoise:
     target_epsilon: float | None = None
     law: LocalLaw = LocalLaw.GAUSSIAN
     max_inflation: float = 1.01
+    unit: PrivacyUnit = PrivacyUnit.NODE
+    relation: Relation = Relation.REPLACE_ONE
+    sampling_rate: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "law", LocalLaw(self.law))
-        checks.positive(clip_norm=self.clip_norm)
+        object.__setattr__(self, "law", checks.choice(LocalLaw, law=self.law))
+        object.__setattr__(self, "unit", checks.choice(PrivacyUnit, unit=self.unit))
+        object.__setattr__(self, "relation", checks.choice(Relation, relation=self.relation))
+        checks.positive(clip_norm=self.clip_norm, max_inflation=self.max_inflation)
         checks.positive_int(rounds=self.rounds)
         checks.probability(delta=self.delta)
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
@@ -110,26 +110,51 @@ class LocalNoise:
         for name in ("noise_multiplier", "target_epsilon"):
             if (value := getattr(self, name)) is not None:
                 checks.positive(**{name: value})
+        self._check_unit()
+
+    def _check_unit(self) -> None:
+        if self.unit is PrivacyUnit.NODE:
+            if self.relation is not Relation.REPLACE_ONE:
+                raise ValueError(
+                    f"relation={str(self.relation)!r} must be 'replace-one' for unit='node': "
+                    "whoever sees a node's answer may compare any two data sets that it could have"
+                )
+            if self.sampling_rate is not None:
+                raise ValueError(
+                    f"sampling_rate={self.sampling_rate!r} must be None for unit='node': the "
+                    "server sees who answers"
+                )
+        else:
+            checks.fraction(sampling_rate=self.sampling_rate)
+        require_supported(self.event(1.0), self.relation, unit=self.unit)
 
     @property
     def budget(self) -> PrivacyBudget | None:
         """What all rounds together may cost; None where only the noise was given."""
         if self.target_epsilon is None:
             return None
-        return PrivacyBudget(
-            self.target_epsilon, self.delta, PrivacyUnit.NODE, Relation.REPLACE_ONE
-        )
+        return PrivacyBudget(self.target_epsilon, self.delta, self.unit, self.relation)
 
     def event(self, noise_multiplier: float) -> Event:
-        """Return what one round is to the accountant, to be priced under replace-one."""
+        """Return what one round is to the accountant, to be priced under ``relation``."""
         law = Gaussian if self.law is LocalLaw.GAUSSIAN else Laplace
-        return law(noise_multiplier)
+        if self.sampling_rate is None or self.sampling_rate == 1:
+            return law(noise_multiplier)
+        return PoissonSampled(self.sampling_rate, law(noise_multiplier))
 
     def resolve_noise_multiplier(self) -> float:
         """Return the noise multiplier given, or the least that keeps to the target."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         return _calibrated(self)
+
+    def resolved(self) -> Self:
+        """Return the same noise, given by its multiplier."""
+        if self.noise_multiplier is not None:
+            return self
+        return dataclasses.replace(
+            self, noise_multiplier=self.resolve_noise_multiplier(), target_epsilon=None
+        )
 
     def grid(self, dimension: int) -> IntegerGrid:
         """Return the integers of an update of this length."""
@@ -150,112 +175,6 @@ class LocalNoise:
 @lru_cache(maxsize=8)
 def _calibrated(noise: LocalNoise) -> float:
     assert noise.budget is not None
-    return calibrate_event(lambda z: Composed(noise.event(z), noise.rounds), noise.budget)
-
-
-def local_noise_mod(noise: LocalNoise, *, dataset: str, path: str | None = None) -> Mod:
-    """Return a mod that clips and noises all that a node's app answers to a train message.
-
-    What leaves are the global arrays plus the noisy update, a ``num-examples`` of 1 for Flower's
-    own strategies, and the node's claim; no count and no metric. The node's ledger is charged
-    before; its `NodePolicy` holds. Arrays that are not floating stay as they came. Give it to
-    ``@app.train(mods=[...])``; messages of other kinds pass.
-
-    Whether a node answers at all, and that its app failed, are not protected.
-
-    Parameters
-    ----------
-    noise : LocalNoise
-    dataset : str
-        The name of the data set, as in the node's ledger.
-    path : str or None
-        The ledger's file, where the node config has no ``ledger-path``.
-    """
-
-    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
-            return call_next(message, context)
-        try:
-            ledger = NodeLedger.from_context(context, dataset=dataset, path=path)
-            policy = NodePolicy.from_node_config(context.node_config)
-            return _answer(noise, ledger, policy, message, context, call_next)
-        except Exception as error:
-            return answer(error, reply_to=message)
-
-    return mod
-
-
-def _answer(
-    noise: LocalNoise,
-    ledger: NodeLedger,
-    policy: NodePolicy,
-    message: Message,
-    context: Context,
-    call_next: ClientAppCallable,
-) -> Message:
-    try:
-        sent = message.content.array_records[records.ARRAYS]
-        reference = {name: np.array(read_array(array)) for name, array in sent.items()}
-        layout = ArrayLayout.of(reference)
-        grid = noise.grid(layout.dimension)
-    except (KeyError, TypeError, ValueError) as error:
-        raise NodeError(NodeErrorCode.MALFORMED_REQUEST, str(error)) from error
-    bounded = BoundedSum(grid, clip_norm=noise.clip_norm)
-    reply = call_next(message, context)
-    if reply.has_error():
-        return reply
-    try:
-        arrays = answered_arrays(reply.content)
-        layout.check(arrays)
-        integers = bounded.contribution(layout.released(arrays), layout.released(reference))
-    except (KeyError, TypeError, ValueError) as error:
-        raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
-    law = noise.distribution(grid)
-    claimed = _charge(noise, ledger, policy, variation=law.total_variation * grid.width)
-    noisy = integers + law.sample(grid.width, secure())
-    update = to_float(noisy, grid.unit_size(noise.clip_norm), 1.0)
-    released: dict[str, AnyArray] = dict(
-        layout.restore(layout.flatten(reference) + update, reference)
+    return calibrate_event(
+        lambda z: Composed(noise.event(z), noise.rounds), noise.budget, total_variation=_SAMPLERS
     )
-    return Message(
-        RecordDict(
-            {
-                records.ARRAYS: ArrayRecord(
-                    {name: Array(np.asarray(array)) for name, array in released.items()}
-                ),
-                records.METRICS: MetricRecord({records.NUM_EXAMPLES: 1}),
-                records.PRIVACY: claimed,
-            }
-        ),
-        reply_to=message,
-    )
-
-
-def _charge(
-    noise: LocalNoise, node: NodeLedger, policy: NodePolicy, *, variation: float
-) -> ConfigRecord:
-    multiplier = noise.resolve_noise_multiplier()
-    event = noise.event(multiplier)
-    with node.open(
-        delta=noise.delta,
-        unit=PrivacyUnit.NODE,
-        relation=Relation.REPLACE_ONE,
-        budget=noise.budget,
-    ) as ledger:
-        spent_after = 0.0
-        if policy.max_epsilon is not None:
-            spent_after = epsilon(
-                [*ledger.events(), event],
-                delta=ledger.delta,
-                relation=ledger.relation,
-                total_variation=ledger.total_variation + variation,
-            )
-        policy.check(
-            noise_multiplier=multiplier,
-            epsilon=spent_after,
-            delta=ledger.delta,
-            durable=ledger.durable and node.chosen_by_node,
-        )
-        ledger.plan(node.run, event, noise.rounds, total_variation=variation)
-        ledger.charge(node.run)
-        return claim(ledger)

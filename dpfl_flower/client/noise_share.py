@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, epsilon
+from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.contribution import masks_follow
-from dpfl_flower.client.distributed_request import DistributedRequest, awaiting_share
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.policy import NodePolicy
@@ -279,7 +280,7 @@ def _answer(
     inner = RecordDict({k: record for k, record in content.items() if k != records.DISTRIBUTED})
     # The records may be those of other nodes' messages too: they are replaced, never changed.
     message.content = inner
-    with awaiting_share(request):
+    with awaiting_noise(request):
         reply = call_next(message, context)
     if reply.has_error():
         return reply

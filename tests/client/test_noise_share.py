@@ -21,8 +21,9 @@ from dpfl_flower.client import (
     SharePolicy,
     noise_share_mod,
 )
+from dpfl_flower.client.awaiting import request_awaiting_noise
 from dpfl_flower.client.contribution import NoisedSum, contribution_for, under_masks
-from dpfl_flower.client.distributed_request import DistributedRequest, request_awaiting_share
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.distributed import DistributedPlan, design
 from dpfl_flower.quantize import centred, decoded
@@ -451,4 +452,4 @@ def test_an_app_without_the_mod_understands_no_request_for_noise():
     for sent in (content(asked), forged):
         reply = user_cohort_app(cohort_fn)(message("train", sent), context())
         assert reply.error.code == NodeErrorCode.MALFORMED_REQUEST
-    assert request_awaiting_share() is None
+    assert request_awaiting_noise() is None

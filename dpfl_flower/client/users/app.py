@@ -11,7 +11,7 @@ from flwr.clientapp.typing import Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import records
-from dpfl_flower.client.distributed_request import request_awaiting_share
+from dpfl_flower.client.awaiting import request_awaiting_noise
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, guard_mod
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.users.cohort import AnyRequest, UserCohort
@@ -38,7 +38,8 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     answered with a fixed code (`NodeErrorCode`); a request that does not fit is MALFORMED_REQUEST.
 
     Behind `noise_share_mod` the message holds a plan for distributed noise instead, and the mod
-    adds this node's share to the sum.
+    adds this node's share to the sum; behind `local_noise_mod` one for local noise, and the mod
+    adds all of it.
 
     A node's own ``min-noise-multiplier`` holds for the grid that is asked for. Its ``max-epsilon``
     cannot be kept by a node that does not draw the noise: with one set, the node refuses.
@@ -56,7 +57,7 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request, arrays = _parse(message.content)
-        if isinstance(request, CohortRequest):  # else the mod that adds the share has checked
+        if isinstance(request, CohortRequest):  # else the mod that adds noise has checked
             NodePolicy.from_node_config(context.node_config).check(
                 noise_multiplier=request.grid.noise_multiplier, epsilon=float("inf")
             )
@@ -79,7 +80,7 @@ def user_cohort_app(cohort_fn: CohortFn, *, mods: Sequence[Mod] | None = None) -
 
 def _parse(content: RecordDict) -> tuple[AnyRequest, dict[str, NDArray[np.generic]]]:
     try:
-        request: AnyRequest | None = request_awaiting_share()
+        request: AnyRequest | None = request_awaiting_noise()
         if request is None:
             request = CohortRequest.from_config(content.config_records[records.COHORT])
         found = content.array_records[records.ARRAYS]

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpfl_flower import checks
-from dpfl_flower.client.distributed_request import DistributedRequest
+from dpfl_flower.client.awaiting import AwaitingRequest
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
+from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.users.closed_form import ClosedFormEngine, LocalUpdate
 from dpfl_flower.client.users.engine import Chunk, Engine, UserEngine
 from dpfl_flower.client.users.model import ModelFn
@@ -39,7 +40,7 @@ __all__ = ["AnyRequest", "UserCohort"]
 
 logger = logging.getLogger(NODE_LOGGER)
 
-AnyRequest = CohortRequest | DistributedRequest
+AnyRequest = CohortRequest | AwaitingRequest
 
 
 @final
@@ -145,7 +146,7 @@ class UserCohort:
 
         Parameters
         ----------
-        request : CohortRequest or DistributedRequest
+        request : CohortRequest, DistributedRequest or LocalRequest
         global_arrays : mapping of name to array
             What every user starts from; ``request.grid.dimension`` floating entries in all.
 
@@ -159,7 +160,8 @@ class UserCohort:
             When the arrays do not fit the grid or the model, or when the request names a user who
             is not registered.
         NodeError
-            POLICY_REFUSED where the request names users and this node does not obey lists;
+            POLICY_REFUSED where the request names users and this node does not obey lists, or where
+            local noise counts on coins that follow a seed;
             MODEL_REFUSED where the model cannot be trained for one user after the other in
             isolation.
         """
@@ -184,6 +186,12 @@ class UserCohort:
                 )
             return [registry[registry.find(user)] for user in request.users]
         assert request.sampling_rate is not None
+        if isinstance(request, LocalRequest) and not self._rng.protects:
+            # Against the server these coins amplify, so that it must not be able to guess them.
+            raise NodeError(
+                NodeErrorCode.POLICY_REFUSED,
+                f"rng={self._rng!r} must protect: the node's ledger counts on its coins",
+            )
         coins = self._rng.coins(request.sampling_rate, len(registry))
         return [registry[position] for position in np.flatnonzero(coins).tolist()]
 
