@@ -19,9 +19,10 @@ from dpfl_flower import checks, records
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.layout import ArrayLayout
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.claim_book import ClaimBook
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
-from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
+from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.replies import accepted, parse_train
 from dpfl_strategies.result import PrivateResult, Stopped
@@ -95,8 +96,7 @@ class SampleLevelFedAvg(Strategy):
         self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
-        self._claims: dict[int, NodeClaim] = {}
-        self._earlier_claims: dict[int, NodeClaim] = {}
+        self._claims = ClaimBook()
         self._optimizer_state: State = {}
         self._asked: tuple[int, frozenset[int], Arrays] | None = None
         self._evaluating: frozenset[int] = frozenset()
@@ -105,7 +105,7 @@ class SampleLevelFedAvg(Strategy):
     @property
     def node_privacy(self) -> NodePrivacyReport:
         """The newest claim of each node."""
-        return NodePrivacyReport(dict(self._claims))
+        return self._claims.report
 
     @final
     def start(
@@ -128,7 +128,7 @@ class SampleLevelFedAvg(Strategy):
         checks.positive_int(num_rounds=num_rounds)
         self._failures = FailureWatch(self._give_up_after)
         self._registry = Registry(self._population, wait_seconds=self._wait_seconds)
-        self._claims, self._earlier_claims, self._optimizer_state = {}, {}, {}
+        self._claims, self._optimizer_state = ClaimBook(), {}
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
         result = PrivateResult()
@@ -176,9 +176,9 @@ class SampleLevelFedAvg(Strategy):
         current = layout.flatten(reference)
         total, weights, answered = np.zeros_like(current), 0.0, []
         for message in accepted(replies, asked=asked, group=str(server_round)):
-            claimed = self._claimed(message)  # what was spent counts, whatever else is wrong
+            claimed = self._claims.read(message)  # what was spent counts, whatever else is wrong
             reply = parse_train(message, layout)
-            if reply is None or not claimed:
+            if reply is None or claimed is None:
                 continue
             vector = layout.flatten(reply.arrays)
             weight = max(reply.num_examples, 0.0) if self._weigh_by_num_examples else 1.0
@@ -202,7 +202,7 @@ class SampleLevelFedAvg(Strategy):
                     model=model,
                     optimizer_state=self._optimizer_state,
                     settings=self._settings(),
-                    claims={str(node): claim.to_json() for node, claim in self._claims.items()},
+                    claims=self._claims.to_json(),
                 )
             )
         return to_record(model), self._gate.of_training(answered)
@@ -234,16 +234,8 @@ class SampleLevelFedAvg(Strategy):
         result.node_privacy = self.node_privacy
         hand_over(result, grid)
 
-    def _claimed(self, reply: Message) -> bool:
-        node_id = reply.metadata.src_node_id
-        claim = read_claim(node_id, reply.content.config_records.get(records.PRIVACY))
-        if claim is not None:
-            self._claims[node_id] = claim.after(self._earlier_claims.get(node_id))
-        return claim is not None
-
     def _progress(self, server_round: int) -> str:
-        claimed = max((claim.claimed for claim in self._claims.values()), default=0.0)
-        return f"worst node at epsilon {rounded_up(claimed)}"
+        return f"worst node at epsilon {rounded_up(self._claims.largest)}"
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -264,9 +256,5 @@ class SampleLevelFedAvg(Strategy):
                 "the checkpoint began; give another checkpoint_dir to begin a new run"
             )
         self._run_name, self._optimizer_state = state.run, dict(state.optimizer_state)
-        self._earlier_claims = {
-            int(node): NodeClaim.from_record(ConfigRecord(claim))
-            for node, claim in state.claims.items()
-        }
-        self._claims = dict(self._earlier_claims)
+        self._claims = ClaimBook(state.claims)
         return to_record(state.model), state.server_round + 1
