@@ -2,13 +2,15 @@
 
 ``DPFedAvg`` replaces Flower's ``FedAvg`` in front of an unchanged ClientApp; ``SampleLevelFedAvg``
 averages nodes that train with DP-SGD; ``DistributedDPFedAvg`` has the nodes add the noise and
-trusts no server; ``PrivateStrategy`` is what to subclass for more.
+trusts no server; ``LocalDPFedAvg`` has each node add all of its own and trusts nobody;
+``PrivateStrategy`` is what to subclass for more.
 """
 
 from dpfl_strategies.checkpoint import CheckpointError
 from dpfl_strategies.client_metrics import ClientMetrics
 from dpfl_strategies.distributed_fedavg import DistributedDPFedAvg
 from dpfl_strategies.dp_fedavg import DPFedAvg
+from dpfl_strategies.local_fedavg import LocalDPFedAvg
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport
 from dpfl_strategies.private_strategy import PrivateStrategy
 from dpfl_strategies.registry import PopulationNotReached
@@ -36,6 +38,7 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedYogi",
+    "LocalDPFedAvg",
     "NodeClaim",
     "NodePrivacyReport",
     "NumExamplesWeighting",

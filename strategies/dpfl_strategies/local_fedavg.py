@@ -1,0 +1,402 @@
+"""DP-FedAvg that trusts nobody but each node with its own data: nodes add all of the noise.
+
+What a node answers is private already, so that averaging, momentum and checkpoints are
+post-processing. The server names the noise; each node obeys as far as its own policy allows,
+charges its own ledger and says what it has spent.
+"""
+
+import dataclasses
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from dpfl_flower import checks, records
+from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, Relation, Sampling, TrustModel
+from dpfl_flower.accounting.events import count_events
+from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
+from dpfl_flower.client.local_request import LocalRequest
+from dpfl_flower.clipping import FixedClipping
+from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.quantize import to_float
+from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.claim_book import ClaimBook
+from dpfl_strategies.local_plan import LocalPlan
+from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.node_privacy import NodePrivacyReport
+from dpfl_strategies.registry import Registry
+from dpfl_strategies.replies import accepted, parse_sum
+from dpfl_strategies.result import PrivateResult, Stopped
+from dpfl_strategies.round_loop import (
+    AllClientsFailed,
+    EvaluateFn,
+    FailureWatch,
+    LoopHooks,
+    hand_over,
+    log_result,
+    run_rounds,
+)
+from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
+
+log = logging.getLogger("flwr.dpfl")
+
+_NOISE_MULTIPLIER = "noise_multiplier"
+
+
+@dataclass(frozen=True)
+class _OpenRound:
+    """The round that waits for replies."""
+
+    request: LocalRequest
+    nodes: frozenset[int]
+    reference: Arrays
+
+
+@final
+class LocalDPFedAvg(Strategy):
+    """DP-FedAvg with all of the noise added by each node itself (trust model ``local``).
+
+    All nodes are asked in every round, and answer their bounded update, or the sum of their units'
+    bounded updates, in integers with noise: apps put ``mods=[local_noise_mod(dataset=...)]`` around
+    their train function or their :func:`~dpfl_flower.client.users.user_cohort_app`. The guarantee
+    is each node's own, against everybody who sees its answer, the server included.
+
+    The noisy sum is divided by a public number, that of the nodes or of the units that are expected
+    to take part; a node that does not answer makes the step shorter. Dividing by the number of
+    answers would cost no privacy (it is post-processing, and the server sees who answers), and
+    changes nothing but the length of the step. The fixed number is the better length: the noise of
+    the mean is then never more than planned, and over rounds each counts in proportion to its
+    answers, which is how means of so many noisy answers are best combined.
+
+    Parameters
+    ----------
+    clipping:
+        The bound on one unit's update: L2 for Gaussian noise, L1 for Laplace noise.
+    num_nodes:
+        How many nodes there are.
+    budget:
+        The most that the data set *of each node* may spend. The noise follows from it, and nodes'
+        ledgers hold to it.
+    noise_multiplier:
+        Noise over clip norm instead of a budget: standard deviation, or scale of Laplace noise.
+    delta, unit, relation:
+        Without a budget: what epsilon is reported for. A node as the unit needs replace-one, which
+        is its default.
+    sampling:
+        Of users or examples inside nodes, over all of them: ``EveryoneSampling`` or
+        ``PoissonSampling``, whose secret coins each node draws for its own units. Those amplify,
+        also against the server, which sees the noisy sum only. None where the node is the unit.
+    noise:
+        ``"gaussian"`` or ``"laplace"``.
+    max_inflation:
+        How much longer than the clip norm the enforced bound may be.
+    server_optimizer:
+        What becomes of the noisy mean: plain averaging by default.
+    checkpoint_dir:
+        Where the model is kept after each round; ``start`` resumes from it. What a node charged for
+        a round that the server forgot in a crash stays charged.
+    wait_seconds, give_up_after:
+        As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+
+    Raises
+    ------
+    ValueError
+        For an argument out of range, naming it, its value and the bound.
+
+    Examples
+    --------
+    >>> strategy = LocalDPFedAvg(
+    ...     budget=PrivacyBudget(8.0, delta=1e-5, unit="node", relation="replace-one"),
+    ...     clipping=FixedClipping(0.5),
+    ...     num_nodes=1000,
+    ... )
+    """
+
+    def __init__(
+        self,
+        *,
+        clipping: FixedClipping,
+        num_nodes: int,
+        budget: PrivacyBudget | None = None,
+        noise_multiplier: float | None = None,
+        delta: float | None = None,
+        unit: PrivacyUnit | str | None = None,
+        relation: Relation | str | None = None,
+        sampling: Sampling | None = None,
+        noise: LocalLaw | str = LocalLaw.GAUSSIAN,
+        max_inflation: float = 1.01,
+        server_optimizer: ServerOptimizer | None = None,
+        checkpoint_dir: str | Path | None = None,
+        wait_seconds: float = 600.0,
+        give_up_after: int | None = 3,
+    ) -> None:
+        checks.instance(ServerOptimizer, type(None), server_optimizer=server_optimizer)
+        checks.instance(str, Path, type(None), checkpoint_dir=checkpoint_dir)
+        if give_up_after is not None:
+            checks.positive_int(give_up_after=give_up_after)
+        self._plan = LocalPlan.parse(
+            sampling=sampling,
+            clipping=clipping,
+            num_nodes=num_nodes,
+            budget=budget,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            unit=unit,
+            relation=relation,
+            law=noise,
+            max_inflation=max_inflation,
+        )
+        self.server_optimizer = server_optimizer or FedAvg()
+        self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
+        self._wait_seconds, self._give_up_after = wait_seconds, give_up_after
+        self._failures = FailureWatch(give_up_after)
+        self._registry = Registry(num_nodes, wait_seconds=wait_seconds)
+        self._claims = ClaimBook()
+        self._optimizer_state: State = {}
+        self._noise: LocalNoise | None = None
+        self._affordable = 0
+        self._settings: dict[str, str] = {}
+        self._run_name = ""
+        self._done = 0
+        self._open: _OpenRound | None = None
+
+    @property
+    def noise(self) -> LocalNoise | None:
+        """What nodes are asked for, with its multiplier; None until a run has begun."""
+        return self._noise
+
+    @property
+    def node_privacy(self) -> NodePrivacyReport:
+        """The newest claim of each node."""
+        return self._claims.report
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> PrivateResult:
+        """Run ``num_rounds`` rounds, going on from the checkpoint where there is one.
+
+        Parameters and records are Flower's. A budget that does not pay for all rounds with the
+        noise multiplier given ends the run with the last model.
+
+        Raises
+        ------
+        AllClientsFailed, PopulationNotReached, CheckpointError
+            As for :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+        ValueError
+            If there is no noise within the budget, or no grid fine enough for it.
+        """
+        checks.positive_int(num_rounds=num_rounds)
+        self._failures = FailureWatch(self._give_up_after)
+        self._registry = Registry(self._plan.num_nodes, wait_seconds=self._wait_seconds)
+        self._open = None
+        arrays = self._resume(initial_arrays, num_rounds)
+        self.summary()
+        result = PrivateResult()
+        try:
+            run_rounds(
+                self,
+                LoopHooks(self._failures, stop_reason=self._stop_reason, progress=self._progress),
+                result,
+                grid=grid,
+                arrays=arrays,
+                first_round=self._done + 1,
+                num_rounds=num_rounds,
+                timeout=timeout,
+                train_config=train_config,
+                evaluate_config=evaluate_config,
+                evaluate_fn=evaluate_fn,
+            )
+        except AllClientsFailed as failed:
+            result.stopped = Stopped.ALL_CLIENTS_FAILED
+            failed.result = result
+            self._complete(result, grid)
+            raise
+        self._complete(result, grid)
+        log_result(result)
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every node for its noisy answer."""
+        if self._noise is None:
+            raise RuntimeError("the strategy is not running: call start()")
+        nodes = self._registry.node_ids(grid)
+        if len(nodes) > self._plan.num_nodes:
+            raise ValueError(
+                f"num_nodes={self._plan.num_nodes} must be >= {len(nodes)}, the nodes that are "
+                "registered: the sum is divided by that number"
+            )
+        reference = from_record(arrays)
+        request = self._plan.ask(
+            self._noise, dimension=ArrayLayout.of(reference).dimension, server_round=server_round
+        )
+        self._open = _OpenRound(request, frozenset(nodes), reference)
+        return to_messages(
+            nodes,
+            MessageType.TRAIN,
+            server_round=server_round,
+            arrays=arrays,
+            config=config,
+            extra=RecordDict({records.LOCAL: request.to_config()}),
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add up, step, save; return the next model, None where nobody answered.
+
+        Raises
+        ------
+        RuntimeError
+            If the round was not configured, or is aggregated already.
+        """
+        opened = self._open
+        if opened is None or opened.request.server_round != server_round:
+            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
+        self._open, request = None, opened.request
+        total, answered = np.zeros(request.grid.width, np.int64), 0
+        for message in accepted(replies, asked=opened.nodes, group=str(server_round)):
+            part = self._noisy_part(message, request)
+            if part is not None:
+                total += part
+                answered += 1
+        self._done = server_round
+        if not answered:
+            self._failures.record(asked=len(opened.nodes), answered=0)
+            return None, None
+        mean = to_float(
+            total,
+            request.grid.unit_size(request.noise.clip_norm),
+            self._plan.expected_units,
+        )
+        layout = ArrayLayout.of(opened.reference)
+        vector, self._optimizer_state = self.server_optimizer.step(
+            layout.flatten(opened.reference), mean, self._optimizer_state
+        )
+        model = layout.restore(vector, opened.reference)
+        self._save(model)
+        self._failures.record(asked=len(opened.nodes), answered=answered)
+        return to_record(model), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: what nodes measure is theirs, and no epsilon covers it."""
+        del server_round, arrays, config, grid
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Return None."""
+        del server_round, replies
+
+    def summary(self) -> None:
+        """Log what will be done, before the first round."""
+        request, noise = self._plan.request, self._noise
+        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
+        log.info("\t├──> Clipping: %s", self._plan.clipping)
+        log.info("\t├──> Trust: %s", TrustModel.LOCAL)
+        if noise is not None:
+            log.info("\t├──> Noise: %s, multiplier %.4f", noise.law, noise.noise_multiplier)
+        log.info("\t├──> Server optimizer: %s", self.server_optimizer)
+        log.info("\t└──> Budget of each node: %s", request.budget or "none")
+
+    def _noisy_part(self, message: Message, request: LocalRequest) -> NDArray[np.int64] | None:
+        """Return what a node answered; None where it, or the node's claim, is not as asked."""
+        node, noise = message.metadata.src_node_id, request.noise
+        assert noise.noise_multiplier is not None
+        event = noise.event(noise.noise_multiplier)
+        known = self._claims.durably_released(node, event)
+        claim = self._claims.read(message)  # what was spent counts, whatever else is wrong
+        if claim is None:
+            return None
+        as_asked = (claim.unit, claim.relation, claim.delta) == (
+            noise.unit,
+            noise.relation,
+            noise.delta,
+        )
+        charged = count_events(claim.events).get(event, 0)
+        if not as_asked or charged <= (known if claim.durable else 0):
+            log.warning("Node %d's claim does not cover its answer: it is a dropout", node)
+            return None
+        return parse_sum(message, width=request.grid.width, bound=self._plan.largest_entry(request))
+
+    def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        result.node_privacy = self.node_privacy
+        hand_over(result, grid)
+
+    def _stop_reason(self) -> Stopped | None:
+        return Stopped.BUDGET_SPENT if self._done >= self._affordable else None
+
+    def _progress(self, server_round: int) -> str:
+        del server_round
+        return f"worst node at epsilon {rounded_up(self._claims.largest)}"
+
+    def _save(self, model: Arrays) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.save(
+                RunState(
+                    run=self._run_name,
+                    server_round=self._done,
+                    model=model,
+                    optimizer_state=self._optimizer_state,
+                    settings=self._settings,
+                    claims=self._claims.to_json(),
+                )
+            )
+
+    def _resume(self, initial_arrays: ArrayRecord, num_rounds: int) -> ArrayRecord:
+        """Prepare the run, from its checkpoint where there is one, and return the first model."""
+        layout = ArrayLayout.of(from_record(initial_arrays))
+        fixed = {
+            "strategy": type(self).__name__,
+            "server_optimizer": repr(self.server_optimizer),
+            **self._plan.fixed(num_rounds),
+        }
+        state = None if self._checkpoints is None else self._checkpoints.load()
+        planned = self._plan.noise(num_rounds)
+        if state is None:
+            self._noise = planned.resolved()
+            self._run_name, self._done = uuid.uuid4().hex, 0
+            self._claims, self._optimizer_state = ClaimBook(), {}
+        else:
+            _check_resumable(state, fixed)
+            layout.check(state.model)
+            self._noise = _with_multiplier(planned, float(state.settings[_NOISE_MULTIPLIER]))
+            self._run_name, self._done = state.run, state.server_round
+            self._claims = ClaimBook(state.claims)
+            self._optimizer_state = dict(state.optimizer_state)
+            log.info("Resuming run %s after round %d", state.run, state.server_round)
+        self._noise.grid(layout.dimension)  # refused before anybody waits for a node
+        self._affordable = self._plan.affordable(self._noise)
+        self._settings = {**fixed, _NOISE_MULTIPLIER: repr(self._noise.noise_multiplier)}
+        return initial_arrays if state is None else to_record(state.model)
+
+
+def _with_multiplier(noise: LocalNoise, noise_multiplier: float) -> LocalNoise:
+    return dataclasses.replace(noise, noise_multiplier=noise_multiplier, target_epsilon=None)
+
+
+def _check_resumable(state: RunState, fixed: dict[str, str]) -> None:
+    for name, value in fixed.items():
+        if state.settings.get(name) != value:
+            raise CheckpointError(
+                f"{name}={value} must be {state.settings.get(name)}, as when the run in the "
+                "checkpoint began; give another checkpoint_dir to begin a new run"
+            )

@@ -1,0 +1,181 @@
+"""What a run with local noise asks of its nodes, from the user's arguments to the request."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final
+
+from dpfl_flower import checks
+from dpfl_flower.accounting import (
+    EveryoneSampling,
+    PoissonSampling,
+    PrivacyUnit,
+    Relation,
+    Sampling,
+    affordable_rounds,
+)
+from dpfl_flower.accounting.budget import PrivacyBudget
+from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
+from dpfl_flower.client.local_request import LocalRequest
+from dpfl_flower.clipping import FixedClipping
+from dpfl_strategies.privacy_request import PrivacyRequest
+
+__all__ = ["LocalPlan"]
+
+_REACH: Final = 96
+"""Beyond so many scales no sampler's table has an entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlan:
+    """Everything that is known before the first round, whoever the units are.
+
+    Attributes
+    ----------
+    request : PrivacyRequest
+        Budget or noise multiplier, delta, unit and relation of *each node's* data set.
+    clipping : FixedClipping
+    law : LocalLaw
+    num_nodes : int
+    max_inflation : float
+    """
+
+    request: PrivacyRequest
+    clipping: FixedClipping
+    law: LocalLaw
+    num_nodes: int
+    max_inflation: float
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        sampling: Sampling | None,
+        clipping: FixedClipping,
+        num_nodes: int,
+        budget: PrivacyBudget | None,
+        noise_multiplier: float | None,
+        delta: float | None,
+        unit: PrivacyUnit | str | None,
+        relation: Relation | str | None,
+        law: LocalLaw | str,
+        max_inflation: float,
+    ) -> "LocalPlan":
+        """Check the user's arguments against each other.
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, its value and the bound.
+        """
+        checks.positive_int(num_nodes=num_nodes)
+        if not isinstance(clipping, FixedClipping):
+            raise ValueError(
+                f"clipping={clipping!r} must be FixedClipping: an indicator of who was clipped is "
+                "no part of what local noise is accounted for"
+            )
+        if budget is not None:
+            checks.instance(PrivacyBudget, budget=budget)
+            whose = budget.unit
+        else:
+            whose = checks.choice(PrivacyUnit, unit=unit or PrivacyUnit.NODE)
+            if relation is None and whose is PrivacyUnit.NODE:
+                relation = Relation.REPLACE_ONE
+        request = PrivacyRequest.parse(
+            sampling=_sampling(sampling, whose, num_nodes),
+            budget=budget,
+            noise_multiplier=noise_multiplier,
+            delta=delta,
+            unit=unit,
+            relation=relation,
+        )
+        plan = cls(
+            request=request,
+            clipping=clipping,
+            law=checks.choice(LocalLaw, noise=law),
+            num_nodes=num_nodes,
+            max_inflation=max_inflation,
+        )
+        plan.noise(1)  # unit, relation and multiplier are checked before anybody waits for a node
+        return plan
+
+    def noise(self, rounds: int) -> LocalNoise:
+        """Return what each node is asked for in so many rounds, not yet calibrated."""
+        request = self.request
+        given = request.noise_multiplier
+        target = None if given is not None or request.budget is None else request.budget.epsilon
+        return LocalNoise(
+            clip_norm=self.clipping.clip_norm,
+            rounds=rounds,
+            delta=request.delta,
+            noise_multiplier=given,
+            target_epsilon=target,
+            law=self.law,
+            max_inflation=self.max_inflation,
+            unit=request.unit,
+            relation=request.relation,
+            sampling_rate=self.sampling_rate,
+        )
+
+    @property
+    def sampling_rate(self) -> float | None:
+        """The rate of the nodes' coins; None where every node is one unit."""
+        if self.request.unit is PrivacyUnit.NODE:
+            return None
+        sampling = self.request.sampling
+        return sampling.rate if isinstance(sampling, PoissonSampling) else 1.0
+
+    @property
+    def expected_units(self) -> float:
+        """How many units the sum is expected to hold: the public normaliser."""
+        return float(self.request.sampling.expected_cohort)
+
+    def affordable(self, noise: LocalNoise) -> int:
+        """Return how many rounds a node's budget pays for, if nothing else was released."""
+        budget = self.request.budget
+        if budget is None or self.request.noise_multiplier is None:
+            return noise.rounds
+        return affordable_rounds(
+            budget, noise.event(self.request.noise_multiplier), at_most=noise.rounds
+        )
+
+    def ask(self, noise: LocalNoise, *, dimension: int, server_round: int) -> LocalRequest:
+        """Return the request of one round."""
+        budget = self.request.budget
+        return LocalRequest(
+            noise=noise,
+            dimension=dimension,
+            server_round=server_round,
+            budget_epsilon=None if budget is None else budget.epsilon,
+        )
+
+    def largest_entry(self, request: LocalRequest) -> int:
+        """Return what no entry of an honest answer exceeds."""
+        grid = request.grid
+        units = 1 if self.request.unit is PrivacyUnit.NODE else self.request.sampling.population
+        return min(
+            units * grid.sensitivity_units + _REACH * grid.noise_units, 2**62 // self.num_nodes
+        )
+
+    def fixed(self, num_rounds: int) -> dict[str, str]:
+        """Return what may not change between the parts of a resumed run."""
+        # Nodes' ledgers plan for the number of rounds, and so did the calibration.
+        return {
+            **{field.name: repr(getattr(self, field.name)) for field in dataclasses.fields(self)},
+            "num_rounds": str(num_rounds),
+        }
+
+
+def _sampling(sampling: Sampling | None, unit: PrivacyUnit, num_nodes: int) -> Sampling:
+    if unit is PrivacyUnit.NODE:
+        if sampling is not None and sampling != EveryoneSampling(num_nodes):
+            raise ValueError(
+                f"sampling={sampling!r} must be None or EveryoneSampling({num_nodes}) for "
+                "unit='node': the server sees who answers, so that drawing nodes hides nobody"
+            )
+        return EveryoneSampling(num_nodes)
+    if not isinstance(sampling, EveryoneSampling | PoissonSampling):
+        raise ValueError(
+            f"sampling={sampling!r} must be EveryoneSampling or PoissonSampling for "
+            f"unit={str(unit)!r}: nodes draw their own units, and only coins can be drawn apart"
+        )
+    return sampling
