@@ -158,11 +158,10 @@ class LocalPlan:
 
     def fixed(self, num_rounds: int) -> dict[str, str]:
         """Return what may not change between the parts of a resumed run."""
-        # Nodes' ledgers plan for the number of rounds, and so did the calibration.
-        return {
-            **{field.name: repr(getattr(self, field.name)) for field in dataclasses.fields(self)},
-            "num_rounds": str(num_rounds),
-        }
+        found = {field.name: repr(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if self.request.noise_multiplier is None:  # it was calibrated for so many rounds
+            found["num_rounds"] = str(num_rounds)
+        return found
 
 
 def _sampling(sampling: Sampling | None, unit: PrivacyUnit, num_nodes: int) -> Sampling:
