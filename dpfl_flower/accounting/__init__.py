@@ -48,7 +48,11 @@ from dpfl_flower.accounting.sampling import (
     PoissonSampling,
     Sampling,
 )
-from dpfl_flower.accounting.shuffling import shuffled_epsilon
+from dpfl_flower.accounting.shuffling import (
+    ShuffledStatement,
+    shuffled_epsilon,
+    shuffled_gaussian_epsilon,
+)
 from dpfl_flower.accounting.statement import PrivacyStatement
 from dpfl_flower.accounting.units import PrivacyUnit, Relation, TrustModel
 
@@ -80,6 +84,7 @@ __all__ = [
     "PrivacyUnit",
     "Relation",
     "Sampling",
+    "ShuffledStatement",
     "TrustModel",
     "UnsupportedEvent",
     "affordable_rounds",
@@ -91,5 +96,6 @@ __all__ = [
     "events_from_json",
     "events_to_json",
     "shuffled_epsilon",
+    "shuffled_gaussian_epsilon",
     "total_variation_delta",
 ]

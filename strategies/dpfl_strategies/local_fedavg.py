@@ -5,7 +5,6 @@ post-processing. The server names the noise; each node obeys as far as its own p
 charges its own ledger and says what it has spent.
 """
 
-import dataclasses
 import logging
 import uuid
 from collections.abc import Iterable
@@ -21,16 +20,20 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, Relation, Sampling, TrustModel
-from dpfl_flower.accounting.events import count_events
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import to_float
-from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.checkpoint import CheckpointDirectory, RunState
 from dpfl_strategies.claim_book import ClaimBook
-from dpfl_strategies.local_plan import LocalPlan
+from dpfl_strategies.local_plan import (
+    LocalPlan,
+    claim_covers,
+    noise_of_settings,
+    noise_settings,
+)
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
@@ -46,10 +49,9 @@ from dpfl_strategies.round_loop import (
     run_rounds,
 )
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
+from dpfl_strategies.shuffled_reports import ShuffledReports
 
 log = logging.getLogger("flwr.dpfl")
-
-_NOISE_MULTIPLIER = "noise_multiplier"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,12 @@ class LocalDPFedAvg(Strategy):
         ``"gaussian"`` or ``"laplace"``.
     max_inflation:
         How much longer than the clip norm the enforced bound may be.
+    shuffled_reports:
+        Only where somebody who does not work with the server mixes the reports of each round, and
+        strips them of their senders and claims, before whoever is to be protected from sees them:
+        how many are certain to be mixed. What that adds is reported as ``result.shuffled``, beside
+        epsilon, which stays what each node claims. Flower alone shows the server every sender, and
+        secure aggregation is no shuffler: leave it out there.
     server_optimizer:
         What becomes of the noisy mean: plain averaging by default.
     checkpoint_dir:
@@ -134,6 +142,7 @@ class LocalDPFedAvg(Strategy):
         sampling: Sampling | None = None,
         noise: LocalLaw | str = LocalLaw.GAUSSIAN,
         max_inflation: float = 1.01,
+        shuffled_reports: int | None = None,
         server_optimizer: ServerOptimizer | None = None,
         checkpoint_dir: str | Path | None = None,
         wait_seconds: float = 600.0,
@@ -155,6 +164,10 @@ class LocalDPFedAvg(Strategy):
             law=noise,
             max_inflation=max_inflation,
         )
+        self._stated = ShuffledReports.parse(
+            shuffled_reports, num_nodes=num_nodes, unit=self._plan.request.unit
+        )
+        self._shuffled = self._stated
         self.server_optimizer = server_optimizer or FedAvg()
         self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
         self._wait_seconds, self._give_up_after = wait_seconds, give_up_after
@@ -271,13 +284,15 @@ class LocalDPFedAvg(Strategy):
         if opened is None or opened.request.server_round != server_round:
             raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
         self._open, request = None, opened.request
-        total, answered = np.zeros(request.grid.width, np.int64), 0
+        total, answered, came = np.zeros(request.grid.width, np.int64), 0, 0
         for message in accepted(replies, asked=opened.nodes, group=str(server_round)):
+            came += 1
             part = self._noisy_part(message, request)
             if part is not None:
                 total += part
                 answered += 1
         self._done = server_round
+        self._shuffled = self._shuffled.after(came=came, valid=answered)
         if not answered:
             self._failures.record(asked=len(opened.nodes), answered=0)
             return None, None
@@ -326,19 +341,19 @@ class LocalDPFedAvg(Strategy):
         claim = self._claims.read(message)  # what was spent counts, whatever else is wrong
         if claim is None:
             return None
-        as_asked = (claim.unit, claim.relation, claim.delta) == (
-            noise.unit,
-            noise.relation,
-            noise.delta,
-        )
-        charged = count_events(claim.events).get(event, 0)
-        if not as_asked or charged <= (known if claim.durable else 0):
+        if not claim_covers(claim, noise, known=known):
             log.warning("Node %d's claim does not cover its answer: it is a dropout", node)
             return None
         return parse_sum(message, width=request.grid.width, bound=self._plan.largest_entry(request))
 
     def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        assert self._noise is not None and result.arrays is not None
         result.node_privacy = self.node_privacy
+        result.shuffled = self._shuffled.statement(
+            self._noise,
+            rounds=self._done,
+            dimension=ArrayLayout.of(from_record(result.arrays)).dimension,
+        )
         hand_over(result, grid)
 
     def _stop_reason(self) -> Stopped | None:
@@ -356,7 +371,7 @@ class LocalDPFedAvg(Strategy):
                     server_round=self._done,
                     model=model,
                     optimizer_state=self._optimizer_state,
-                    settings=self._settings,
+                    settings={**self._settings, **self._shuffled.to_settings()},
                     claims=self._claims.to_json(),
                 )
             )
@@ -375,28 +390,16 @@ class LocalDPFedAvg(Strategy):
             self._noise = planned.resolved()
             self._run_name, self._done = uuid.uuid4().hex, 0
             self._claims, self._optimizer_state = ClaimBook(), {}
+            self._shuffled = self._stated
         else:
-            _check_resumable(state, fixed)
             layout.check(state.model)
-            self._noise = _with_multiplier(planned, float(state.settings[_NOISE_MULTIPLIER]))
+            self._noise = noise_of_settings(planned, state.settings, fixed)
             self._run_name, self._done = state.run, state.server_round
             self._claims = ClaimBook(state.claims)
+            self._shuffled = self._stated.resumed(dict(state.settings))
             self._optimizer_state = dict(state.optimizer_state)
             log.info("Resuming run %s after round %d", state.run, state.server_round)
         self._noise.grid(layout.dimension)  # refused before anybody waits for a node
         self._affordable = self._plan.affordable(self._noise)
-        self._settings = {**fixed, _NOISE_MULTIPLIER: repr(self._noise.noise_multiplier)}
+        self._settings = {**fixed, **noise_settings(self._noise)}
         return initial_arrays if state is None else to_record(state.model)
-
-
-def _with_multiplier(noise: LocalNoise, noise_multiplier: float) -> LocalNoise:
-    return dataclasses.replace(noise, noise_multiplier=noise_multiplier, target_epsilon=None)
-
-
-def _check_resumable(state: RunState, fixed: dict[str, str]) -> None:
-    for name, value in fixed.items():
-        if state.settings.get(name) != value:
-            raise CheckpointError(
-                f"{name}={value} must be {state.settings.get(name)}, as when the run in the "
-                "checkpoint began; give another checkpoint_dir to begin a new run"
-            )

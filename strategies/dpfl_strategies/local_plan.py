@@ -1,6 +1,7 @@
 """What a run with local noise asks of its nodes, from the user's arguments to the request."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +15,17 @@ from dpfl_flower.accounting import (
     affordable_rounds,
 )
 from dpfl_flower.accounting.budget import PrivacyBudget
+from dpfl_flower.accounting.events import count_events
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.clipping import FixedClipping
+from dpfl_strategies.checkpoint import CheckpointError
+from dpfl_strategies.node_privacy import NodeClaim
 from dpfl_strategies.privacy_request import PrivacyRequest
 
-__all__ = ["LocalPlan"]
+__all__ = ["LocalPlan", "claim_covers", "noise_of_settings", "noise_settings"]
+
+_NOISE_MULTIPLIER: Final = "noise_multiplier"
 
 _REACH: Final = 96
 """Beyond so many scales no sampler's table has an entry."""
@@ -178,3 +184,41 @@ def _sampling(sampling: Sampling | None, unit: PrivacyUnit, num_nodes: int) -> S
             f"unit={str(unit)!r}: nodes draw their own units, and only coins can be drawn apart"
         )
     return sampling
+
+
+def claim_covers(claim: NodeClaim, noise: LocalNoise, *, known: int) -> bool:
+    """Return whether a node's claim is as asked, and counts one more release than ``known``.
+
+    ``known`` is how many the node's ledger file held before; a node without one may have forgotten.
+    """
+    event = noise.event(noise.resolve_noise_multiplier())
+    charged = count_events(claim.events).get(event, 0)
+    asked = (noise.unit, noise.relation, noise.delta)
+    return (claim.unit, claim.relation, claim.delta) == asked and charged > (
+        known if claim.durable else 0
+    )
+
+
+def noise_settings(noise: LocalNoise) -> dict[str, str]:
+    """Return what a checkpoint remembers of the noise that a run began with."""
+    return {_NOISE_MULTIPLIER: repr(noise.noise_multiplier)}
+
+
+def noise_of_settings(
+    planned: LocalNoise, settings: Mapping[str, str], fixed: Mapping[str, str]
+) -> LocalNoise:
+    """Return ``planned`` with the multiplier that a resumed run began with.
+
+    Raises
+    ------
+    CheckpointError
+        If anything that may not change has.
+    """
+    for name, value in fixed.items():
+        if settings.get(name) != value:
+            raise CheckpointError(
+                f"{name}={value} must be {settings.get(name)}, as when the run in the checkpoint "
+                "began; give another checkpoint_dir to begin a new run"
+            )
+    multiplier = float(settings[_NOISE_MULTIPLIER])
+    return dataclasses.replace(planned, noise_multiplier=multiplier, target_epsilon=None)

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from flwr.serverapp.strategy import Result
 
-from dpfl_flower.accounting import PrivacyStatement
+from dpfl_flower.accounting import PrivacyStatement, ShuffledStatement
 from dpfl_strategies.node_privacy import NodePrivacyReport
 
 
@@ -28,6 +28,8 @@ class PrivateResult(Result):
         or where the nodes account for themselves (then see ``node_privacy``).
     node_privacy:
         Per-node claims, for strategies whose nodes add their own noise.
+    shuffled:
+        What holds beside that where the user says that a shuffler stood between, else None.
     metrics_not_covered:
         Whether client metrics were let through: no epsilon covers those.
     stopped:
@@ -42,6 +44,7 @@ class PrivateResult(Result):
 
     privacy: PrivacyStatement | None = None
     node_privacy: NodePrivacyReport | None = None
+    shuffled: ShuffledStatement | None = None
     metrics_not_covered: bool = False
     stopped: Stopped = Stopped.ALL_ROUNDS_DONE
     rounds: int = 0
@@ -54,4 +57,6 @@ class PrivateResult(Result):
         if self.metrics_not_covered:
             claim += "; client metrics were let through, NOT PRIVATE, and are not covered"
         ended = f"Ended after {self.rounds} rounds: {self.stopped}"
+        if self.shuffled is not None:
+            ended = f"Shuffled: {self.shuffled}\n{ended}"
         return f"{super().__repr__()}\nPrivacy: {claim}\n{ended}\n"

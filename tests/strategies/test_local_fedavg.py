@@ -24,6 +24,8 @@ from dpfl_flower.accounting import (
     epsilon,
     event_from_json,
     events_to_json,
+    shuffled_epsilon,
+    shuffled_gaussian_epsilon,
 )
 from dpfl_flower.client import LocalNoise, NodeErrorCode, local_noise_mod
 from dpfl_flower.client.local_request import LocalRequest
@@ -674,6 +676,51 @@ def test_a_resumed_run_has_the_noise_and_the_claims_that_it_began_with(tmp_path)
     assert result.node_privacy.worst.epsilon == pytest.approx(spent, rel=1e-3)
 
 
+# --- behind a shuffler -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", ["gaussian", "laplace"])
+def test_shuffling_is_reported_beside_epsilon_and_never_in_it(law):
+    nodes = 3000
+    event = {"gaussian": Gaussian, "laplace": Laplace}[law](8.0)
+
+    def node(asked):
+        del asked
+        return scripted(events=events_to_json([event]), epsilon=0.0)
+
+    results = []
+    for number, stated in ((NODES, None), (nodes, nodes)):
+        it = strategy(
+            noise=law, num_nodes=number, noise_multiplier=8.0, shuffled_reports=stated,
+            max_inflation=1.1,
+        )  # fmt: skip
+        with quiet():
+            results.append(it.start(ScriptedGrid(node, number), record(np.zeros(4)), num_rounds=1))
+    plain, mixed = results
+    assert plain.shuffled is None and "Shuffled" not in str(plain)
+    assert mixed.node_privacy.worst.epsilon == plain.node_privacy.worst.epsilon
+    assert str(mixed.node_privacy) in str(mixed)
+    if law == "gaussian":
+        expected = shuffled_gaussian_epsilon(8.0, reports=nodes, delta=DELTA)
+    else:  # half of delta is set aside for what the samplers leave
+        expected = shuffled_epsilon(2 / 8.0, reports=nodes, delta=DELTA / 2)
+    assert mixed.shuffled.epsilon == pytest.approx(expected, rel=1e-9)
+    assert mixed.shuffled.epsilon < mixed.node_privacy.worst.epsilon
+    assert "no part of the epsilon" in str(mixed)
+
+
+def test_no_more_reports_are_counted_as_mixed_than_came(tmp_path):
+    def missing(asked):
+        first = asked.content[records.CONFIG]["server-round"] == 1
+        return Fault.SILENT if first and asked.metadata.dst_node_id == 1000 else None
+
+    it = strategy(shuffled_reports=NODES, checkpoint_dir=tmp_path)
+    assert run(it, rounds=1, fault=missing).shuffled.reports == NODES - 1
+    it = strategy(shuffled_reports=NODES, checkpoint_dir=tmp_path)
+    resumed = run(it, rounds=2).shuffled
+    assert (resumed.reports, resumed.rounds) == (NODES - 1, 2)
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -704,6 +751,12 @@ def test_a_resumed_run_has_the_noise_and_the_claims_that_it_began_with(tmp_path)
         ),
         ({"delta": 0.5}, "delta=0.5"),
         ({"give_up_after": 0}, "give_up_after=0"),
+        ({"shuffled_reports": 0}, "shuffled_reports=0"),
+        ({"shuffled_reports": 5}, "shuffled_reports=5 must be <= 4"),
+        (
+            {"unit": "user", "sampling": EveryoneSampling(200), "shuffled_reports": 4},
+            "shuffled_reports=4 must be None",
+        ),
     ],
 )
 def test_what_cannot_be_accounted_for_is_refused(changes, says):
