@@ -127,9 +127,9 @@ class LocalRequest:
                 _MAX_INFLATION: float(noise.max_inflation),
                 _UNIT: str(noise.unit),
                 _RELATION: str(noise.relation),
-                _DIMENSION: self.dimension,
-                _SERVER_ROUND: self.server_round,
-                _NUM_ROUNDS: noise.rounds,
+                _DIMENSION: int(self.dimension),
+                _SERVER_ROUND: int(self.server_round),
+                _NUM_ROUNDS: int(noise.rounds),
             }
         )
         if noise.sampling_rate is not None:

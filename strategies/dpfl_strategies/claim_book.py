@@ -1,4 +1,9 @@
-"""What each node has claimed to have spent so far, over rounds and restarts."""
+"""What each node has claimed to have spent so far, over rounds and restarts.
+
+>>> book = ClaimBook()
+>>> print(book.report, book.largest)
+no node made a privacy claim 0.0
+"""
 
 from collections.abc import Mapping
 from typing import Any

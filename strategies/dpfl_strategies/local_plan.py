@@ -1,4 +1,16 @@
-"""What a run with local noise asks of its nodes, from the user's arguments to the request."""
+"""What a run with local noise asks of its nodes, from the user's arguments to the request.
+
+>>> budget = PrivacyBudget(8.0, delta=1e-5, unit="node", relation="replace-one")
+>>> plan = LocalPlan.parse(
+...     sampling=None, clipping=FixedClipping(0.5), num_nodes=100, budget=budget,
+...     noise_multiplier=None, delta=None, unit=None, relation=None, law="gaussian",
+...     max_inflation=1.01,
+... )
+>>> noise = plan.noise(rounds=10).resolved()
+>>> request = plan.ask(noise, dimension=1000, server_round=1)
+>>> round(noise.noise_multiplier, 2), request.budget == budget
+(3.8, True)
+"""
 
 import dataclasses
 from collections.abc import Mapping

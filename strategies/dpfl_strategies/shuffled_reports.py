@@ -1,4 +1,11 @@
-"""What to say of a run whose reports a shuffler mixed, by the word of whoever runs it."""
+"""What to say of a run whose reports a shuffler mixed, by the word of whoever runs it.
+
+>>> stated = ShuffledReports.parse(100_000, num_nodes=100_000, unit=PrivacyUnit.NODE)
+>>> noise = LocalNoise(clip_norm=1.0, rounds=1, delta=1e-6, noise_multiplier=4.0)
+>>> said = stated.after(came=90_000, valid=90_000).statement(noise, rounds=1, dimension=10)
+>>> round(said.epsilon, 2), said.reports
+(0.4, 90000)
+"""
 
 import logging
 from dataclasses import dataclass
