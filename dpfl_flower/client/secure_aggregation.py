@@ -35,6 +35,7 @@ from dpfl_flower.secagg.messages import (
     Request,
     ShareRequest,
 )
+from dpfl_flower.secagg.node_checks import certain_vectors
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.terms import terms_of
@@ -153,7 +154,7 @@ def _mask(
         bits=state.bits,
         lanes=state.lanes,
         # What the roster makes certain even if the server lies: docs/threat-model.md.
-        most_survivors=None if rules.roster is None else state.threshold + 1,
+        most_survivors=None if rules.roster is None else certain_vectors(state),
     )
     with under_masks():
         vector = contributed(contribution, message, context, call_next, width=state.width)

@@ -15,8 +15,10 @@ from flwr.clientapp import ClientApp
 from dpfl_flower import records
 from dpfl_flower.client import NodeErrorCode, secure_aggregation_mod
 from dpfl_flower.client.contribution import SumBound, UpdateRequest, contribution_for
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError
 from dpfl_flower.client.secure_aggregation import rules_from_node_config
+from dpfl_flower.distributed import design
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import SecAggPlus, Session, SumRequest, terms_of
 from dpfl_flower.secagg.messages import Stage
@@ -71,9 +73,9 @@ class Nodes:
     def ask(self, node, content):
         return self.app(message("train", content, node_id=node), self.contexts[node])
 
-    def go(self, until=None, *, server_round=1, extra=None, rosters=False):
+    def go(self, until=None, *, server_round=1, extra=None, **settings):
         """Carry a round out; stop before the stage ``until`` and return the exchange."""
-        exchange = SecAggPlus(rosters=rosters).begin(
+        exchange = SecAggPlus(**settings).begin(
             SumRequest(
                 session=Session(5, server_round, terms_of(RecordDict(dict(extra or task())))),
                 nodes=NODES,
@@ -350,20 +352,67 @@ def test_a_node_whose_config_is_wrong_takes_no_part():
 
 
 def test_nodes_with_rosters_in_files(tmp_path):
+    nodes = Nodes()
     keys = {n: Ed25519PrivateKey.generate() for n in NODES}
-    roster = tmp_path / "roster"
-    roster.write_bytes(
-        b"\n".join(
-            k.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-            for k in keys.values()
-        )
-    )
-    nodes = Nodes(secagg_roster=str(roster))
-    for n, key in keys.items():
-        path = tmp_path / f"id{n}"
-        path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        nodes.contexts[n].node_config["secagg-identity"] = str(path)
+    for n, config in files_of(keys, tmp_path).items():
+        nodes.contexts[n].node_config.update(config)
     assert nodes.go(rosters=True).survivors == NODES
+
+
+def files_of(keys, folder, *, stranger=None):
+    """Write each node's identity, and the roster that all but the stranger have."""
+    for name, left_out in (("roster", stranger), ("all", None)):
+        lines = [
+            key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+            for n, key in keys.items()
+            if n != left_out
+        ]
+        (folder / name).write_bytes(b"\n".join(lines))
+    configs = {}
+    for n, key in keys.items():
+        path = folder / f"id{n}"
+        path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        roster = folder / ("all" if n == stranger else "roster")
+        configs[n] = {"secagg-identity": str(path), "secagg-roster": str(roster)}
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("stranger", "min_survivors", "taken"), [(None, 4, True), (4, 3, True), (4, 4, False)]
+)
+def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certain(
+    tmp_path, stranger, min_survivors, taken
+):
+    """t neighbours hand out shares of a seed, and the server is any of them that is a stranger."""
+    plan = design(
+        noise_multiplier=2.0,
+        rounds=1,
+        dimension=4,
+        clip_norm=1.0,
+        num_nodes=4,
+        min_survivors=min_survivors,
+        max_units=4,
+        unit="node",
+        relation="zero-out",
+    )
+    asked = DistributedRequest(plan=plan, server_round=1, num_rounds=1, rotation_seed=b"public")
+    terms = {**task(), records.DISTRIBUTED: asked.to_config()}
+    del terms[records.UPDATE]
+
+    def noised(message, context):
+        total = ArrayRecord({records.SUM: Array(np.zeros(4, np.int64))})
+        return Message(RecordDict({records.INTEGER_SUM: total}), reply_to=message)
+
+    nodes = Nodes(noised)
+    keys = {n: Ed25519PrivateKey.generate() for n in NODES}
+    for n, config in files_of(keys, tmp_path, stranger=stranger).items():
+        nodes.contexts[n].node_config.update(config)
+    exchange = nodes.go("mask", extra=terms, rosters=True, threshold=1.0)  # t = 3 of 3 neighbours
+    reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1], terms))
+    if taken:
+        assert not reply.has_error(), reply.error
+    else:
+        assert NodeErrorCode(reply.error.code) is NodeErrorCode.POLICY_REFUSED
 
 
 def test_terms_that_are_not_those_the_round_began_with_get_no_vector():
