@@ -53,9 +53,8 @@ def app_of(train):
 
 
 def task(**changes):
-    request = UpdateRequest(
-        grid=GRID, clip_norm=1.0, largest=1 << 15, parties=4, **({"w_max": 100.0} | changes)
-    )
+    settings = {"clip_norm": 1.0, "w_max": 100.0} | changes
+    request = UpdateRequest(grid=GRID, largest=1 << 15, parties=4, **settings)
     return {
         records.ARRAYS: ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
         records.CONFIG: ConfigRecord({"server-round": 1}),
@@ -415,14 +414,28 @@ def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certa
         assert NodeErrorCode(reply.error.code) is NodeErrorCode.POLICY_REFUSED
 
 
-def test_terms_that_are_not_those_the_round_began_with_get_no_vector():
-    """A server that told one node a coarse grid and the others a fine one could take it apart."""
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {records.UPDATE: task(clip_norm=2.0)[records.UPDATE]},
+        {records.CONFIG: ConfigRecord({"server-round": 1, "lr": 0.0})},
+        {records.ARRAYS: ArrayRecord({"w": Array(np.full(4, np.nan, np.float32))})},
+        {records.ARRAYS: ArrayRecord({"w": Array(np.zeros((2, 2), np.float32))})},
+        {records.ARRAYS: ArrayRecord({"v": Array(np.zeros(4, np.float32))})},
+        {"more": ArrayRecord({"w": Array(np.zeros(4, np.float32))})},
+        {"more": MetricRecord({"lr": 0.0})},
+        {records.COHORT: ConfigRecord()},
+    ],
+)
+def test_terms_that_are_not_those_the_round_began_with_get_no_vector(changed):
+    """A server that told one node a coarse grid and the others a fine one could take it apart.
+
+    So could one that sent all others a model or a config under which they learn nothing.
+    """
     nodes = Nodes()
     exchange = nodes.go(until="mask")
-    other = dict(task())
-    other[records.UPDATE] = ConfigRecord(dict(other[records.UPDATE]) | {"clip-norm": 2.0})
     node, protocol = next(iter(exchange.requests.items()))
-    content = nodes.content(exchange, protocol, other)
+    content = nodes.content(exchange, protocol, task() | changed)
     assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
 
 
