@@ -70,7 +70,7 @@ def test_no_secret_shows_in_a_representation():
     assert repr(SCALAR) not in repr(KeyPair(SCALAR))
 
 
-def test_labels_tell_run_round_purpose_and_direction_apart():
+def test_labels_tell_run_round_terms_packing_purpose_and_direction_apart():
     labels = [
         session.label(purpose, *parties)
         for session in (Session(1, 1), Session(1, 2), Session(2, 1))
@@ -80,6 +80,13 @@ def test_labels_tell_run_round_purpose_and_direction_apart():
     assert len(set(labels)) == len(labels)
     assert Session(1, 1).pair_label(5, 3) == Session(1, 1).pair_label(3, 5)
     assert commitment(bytes(32), b"a") != commitment(bytes(32), b"b")
+    told = [
+        session.of_words(*words)
+        for session in (Session(1, 1), Session(1, 1, b"a"), Session(1, 1, b"b"), Session(2, 1))
+        for words in ((4, 32, 1), (5, 32, 1), (4, 64, 1), (4, 21, 3))
+    ]
+    for made in (lambda it: it.label("seal", 1, 2), lambda it: it.pair_label(1, 2)):
+        assert len({made(session) for session in told}) == len(told)
     with pytest.raises(ValueError, match="64 bits"):
         Session(2**64, 1)
 
