@@ -326,6 +326,7 @@ def test_rules_are_read_from_the_nodes_config(tmp_path):
             "secagg-colluders": 2,
             "secagg-identity": str(identity),
             "secagg-roster": str(roster),
+            "secagg-journal": str(tmp_path / "journal"),
         }
     )
     assert (rules.min_cohort, rules.colluders) == (5, 2)
@@ -335,10 +336,14 @@ def test_rules_are_read_from_the_nodes_config(tmp_path):
         {"secagg-min-cohort": True},
         {"secagg-min-cohort": 1},
         {"secagg-roster": ""},
-        {"secagg-roster": str(roster)},
+        {"secagg-roster": str(roster), "secagg-journal": str(tmp_path / "journal")},
+        {"secagg-identity": str(identity), "secagg-journal": str(tmp_path / "journal")},
     ):
         with pytest.raises(ValueError):
             rules_from_node_config(wrong)
+    # Asked twice before it has kept the state of the first time, it would hand out both shares.
+    with pytest.raises(ValueError, match="needs secagg-journal"):
+        rules_from_node_config({"secagg-identity": str(identity), "secagg-roster": str(roster)})
 
 
 def test_a_node_whose_config_is_wrong_takes_no_part():
@@ -372,7 +377,11 @@ def files_of(keys, folder, *, stranger=None):
         path = folder / f"id{n}"
         path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         roster = folder / ("all" if n == stranger else "roster")
-        configs[n] = {"secagg-identity": str(path), "secagg-roster": str(roster)}
+        configs[n] = {
+            "secagg-identity": str(path),
+            "secagg-roster": str(roster),
+            "secagg-journal": str(folder / f"journal{n}"),
+        }
     return configs
 
 
