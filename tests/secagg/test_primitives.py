@@ -225,6 +225,24 @@ def test_fewer_shares_fit_every_secret_equally():
         assert int.from_bytes(combine(made_up), "big") == other
 
 
+@pytest.mark.parametrize("threshold", [2, 3, 5])
+def test_one_share_less_than_the_threshold_does_not_give_the_secret(threshold):
+    secret = secure().random_bytes(32)
+    first, again = (
+        dict(enumerate(split(secret, threshold=threshold, count=6, rng=secure()), 1))
+        for _ in range(2)
+    )
+    assert not {*first.values()} & {*again.values(), bytes(1) + secret}
+    for shares in (first, again):
+        for size in range(1, threshold):
+            for chosen in itertools.combinations(shares, size):
+                try:
+                    found = combine({x: shares[x] for x in chosen})
+                except ValueError:
+                    continue
+                assert found != secret
+
+
 def test_shares_that_are_none_are_refused():
     shares = dict(enumerate(split(bytes(32), threshold=2, count=3, rng=secure()), 1))
     for wrong in ({}, {0: shares[1]}, {1: shares[1][:-1]}, {1: PRIME.to_bytes(33, "big")}):
