@@ -35,6 +35,7 @@ from dpfl_flower.secagg.messages import (
     Request,
     ShareRequest,
 )
+from dpfl_flower.secagg.node_checks import certain_vectors
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.terms import terms_of
@@ -55,9 +56,9 @@ def secure_aggregation_mod(
     The node's own config decides what it insists on: ``secagg-min-cohort`` (3), the fewest nodes
     that it is summed with; ``secagg-colluders`` (0); ``secagg-identity`` and ``secagg-roster``,
     files with its Ed25519 private key and the public keys of its peers; ``secagg-journal``, a file
-    in which every stage is noted before it is answered. Without the last, what has been answered is
-    remembered in the state of the run, which a SuperNode keeps in memory and hands on only after
-    the reply: a crash or a replay in between is then not noticed.
+    in which every stage is noted before it is answered, and which a roster needs. Without it, what
+    has been answered is remembered in the state of the run, which a SuperNode keeps in memory and
+    hands on only after the reply: a crash or a replay in between is then not noticed.
 
     Everything that goes wrong is logged on the node and answered with a `NodeErrorCode`.
     """
@@ -77,10 +78,18 @@ def rules_from_node_config(node_config: Mapping[str, object]) -> NodeRules:
     Raises
     ------
     ValueError, OSError
-        If a key has a value of another kind, or a file is missing or damaged.
+        If a key has a value of another kind, a file is missing or damaged, or there is a roster and
+        no journal.
     """
     identity = path_setting(node_config, records.SECAGG_IDENTITY)
     roster = path_setting(node_config, records.SECAGG_ROSTER)
+    if roster is not None and path_setting(node_config, records.SECAGG_JOURNAL) is None:
+        # A server that lies asks for a stage twice before the state of the first is kept: two lists
+        # of survivors are signed, and a peer's shares of both kinds handed out.
+        raise ValueError(
+            f"node config {records.SECAGG_ROSTER}={roster!r} needs {records.SECAGG_JOURNAL}: "
+            "without it nothing that a roster promises holds against a server that asks twice"
+        )
     return NodeRules(
         min_cohort=count_setting(node_config, records.SECAGG_MIN_COHORT, NodeRules.min_cohort),
         colluders=count_setting(node_config, records.SECAGG_COLLUDERS, NodeRules.colluders),
@@ -153,7 +162,7 @@ def _mask(
         bits=state.bits,
         lanes=state.lanes,
         # What the roster makes certain even if the server lies: docs/threat-model.md.
-        most_survivors=None if rules.roster is None else state.threshold + 1,
+        most_survivors=None if rules.roster is None else certain_vectors(state),
     )
     with under_masks():
         vector = contributed(contribution, message, context, call_next, width=state.width)

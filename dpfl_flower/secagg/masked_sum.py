@@ -70,7 +70,7 @@ class MaskedSum:
 
     def seed(self, node: int, shares: Mapping[int, bytes]) -> bytes:
         """Return a survivor's seed, the one it committed to."""
-        label = self.plan.session.label("commit", node)
+        label = self.plan.bound_session.label("commit", node)
         for candidate in self._candidates(shares):
             if commitment(candidate, label) == self.commitments[node]:
                 return candidate

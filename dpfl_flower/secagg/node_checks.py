@@ -96,6 +96,17 @@ def check_confirmed(
         )
 
 
+def certain_vectors(state: NodeState) -> int:
+    """Return how many vectors are in any sum with this node's, its own and colluders' included.
+
+    Only with a roster, and whatever the server says: whoever puts the seed together has shares of
+    ``threshold`` neighbours, and the vectors of those that are on the roster are in the same sum
+    (docs/threat-model.md). The server makes up all others.
+    """
+    strangers = len(state.peers) - len(state.members)
+    return 1 + max(0, state.threshold - strangers)
+
+
 def those(nodes: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
     """Return the ``nodes`` that are ``members``, in order."""
     return tuple(node for node in nodes if node in members)

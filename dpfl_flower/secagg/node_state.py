@@ -123,5 +123,6 @@ class NodeState:
 
     @property
     def session(self) -> Session:
-        """The round of the run."""
-        return Session(self.run_id, self.server_round, self.terms)
+        """The round of the run, bound to its terms and to how vectors become words."""
+        told = Session(self.run_id, self.server_round, self.terms)
+        return told.of_words(self.width, self.bits, self.lanes)

@@ -80,6 +80,11 @@ class RoundPlan:
         """How the vectors become words."""
         return encoding_of(self.bits, self.lanes)
 
+    @property
+    def bound_session(self) -> Session:
+        """What labels hold: the session, bound to how the vectors become words."""
+        return self.session.of_words(self.width, self.bits, self.lanes)
+
     def threshold_of(self, count: int) -> int:
         """Return t for nodes of ``count`` neighbours.
 

@@ -6,13 +6,13 @@ False
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpfl_flower import checks
 
 __all__ = ["Session", "node_bytes"]
 
-_PROTOCOL = b"dpfl-flower secagg 1\0"
+_PROTOCOL = b"dpfl-flower secagg 2\0"
 _MAX_ID = 2**64 - 1
 
 
@@ -44,6 +44,19 @@ class Session:
         checks.positive_int(server_round=self.server_round)
         if self.run_id > _MAX_ID or self.server_round > _MAX_ID:
             raise ValueError(f"{self!r} must hold integers of 64 bits")
+
+    def of_words(self, width: int, bits: int, lanes: int) -> "Session":
+        """Return the session, bound to how its vectors become words as well.
+
+        A keystream cut into 64-bit words and the same one cut into others cancel but for carries,
+        though their words hold other entries: nodes that are told different packings must have no
+        mask in common, or one node's entries come out of the sum where the others' are small.
+
+        >>> Session(7, 3).of_words(4, 32, 1) == Session(7, 3).of_words(4, 64, 1)
+        False
+        """
+        packing = b"".join(map(node_bytes, (width, bits, lanes)))
+        return replace(self, terms=hashlib.sha256(self.terms).digest() + packing)
 
     def label(self, purpose: str, *parties: int) -> bytes:
         """Return bytes that no other purpose, round, run or parties have."""

@@ -1,7 +1,10 @@
 """What the nodes of one sum have to agree on, as a digest that every key and mask is bound to.
 
 A server that told nodes different things, one a coarse grid and the others one on which their noise
-is next to nothing, would get masks that do not cancel.
+is next to nothing, would get masks that do not cancel. So would one that sent all nodes but one a
+model, or a learning rate, under which their updates are zero, to find that one's in the sum
+(Pasquini, Francati, Ateniese, "Eluding secure aggregation in federated learning via model
+inconsistency", CCS 2022, whose remedy this is).
 
 >>> from flwr.app import ConfigRecord
 >>> first = RecordDict({"update": ConfigRecord({"clip-norm": 1.0})})
@@ -12,27 +15,36 @@ is next to nothing, would get masks that do not cancel.
 
 import hashlib
 import json
-from typing import Final
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from dpfl_flower import records
 
 __all__ = ["terms_of"]
 
-_NOT_TERMS: Final = (records.SECAGG, records.CONFIG)
-"""The protocol's own record, and the app's configuration, which no bound depends on."""
-
 
 def terms_of(content: RecordDict) -> bytes:
-    """Return the SHA-256 of all that says how vectors are made: every config but `_NOT_TERMS`."""
+    """Return the SHA-256 of all that nodes are asked: every record but the protocol's own."""
     terms = {
-        name: {key: _plain(value) for key, value in sorted(record.items())}
-        for name, record in sorted(content.config_records.items())
-        if name not in _NOT_TERMS
+        name: [
+            type(record).__name__,
+            _arrays(record)
+            if isinstance(record, ArrayRecord)
+            else {key: _plain(value) for key, value in sorted(record.items())},
+        ]
+        for name, record in sorted(content.items())
+        if name != records.SECAGG
     }
     text = json.dumps(terms, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(b"dpfl-flower terms\0" + text.encode()).digest()
+
+
+def _arrays(record: ArrayRecord) -> dict[str, list[object]]:
+    """Return what each array is, its bytes as their SHA-256."""
+    return {
+        name: [array.dtype, list(array.shape), array.stype, hashlib.sha256(array.data).hexdigest()]
+        for name, array in record.items()
+    }
 
 
 def _plain(value: object) -> object:

@@ -15,8 +15,10 @@ from flwr.clientapp import ClientApp
 from dpfl_flower import records
 from dpfl_flower.client import NodeErrorCode, secure_aggregation_mod
 from dpfl_flower.client.contribution import SumBound, UpdateRequest, contribution_for
+from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError
 from dpfl_flower.client.secure_aggregation import rules_from_node_config
+from dpfl_flower.distributed import design
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import SecAggPlus, Session, SumRequest, terms_of
 from dpfl_flower.secagg.messages import Stage
@@ -51,9 +53,8 @@ def app_of(train):
 
 
 def task(**changes):
-    request = UpdateRequest(
-        grid=GRID, clip_norm=1.0, largest=1 << 15, parties=4, **({"w_max": 100.0} | changes)
-    )
+    settings = {"clip_norm": 1.0, "w_max": 100.0} | changes
+    request = UpdateRequest(grid=GRID, largest=1 << 15, parties=4, **settings)
     return {
         records.ARRAYS: ArrayRecord({"w": Array(np.zeros(4, np.float32))}),
         records.CONFIG: ConfigRecord({"server-round": 1}),
@@ -71,9 +72,9 @@ class Nodes:
     def ask(self, node, content):
         return self.app(message("train", content, node_id=node), self.contexts[node])
 
-    def go(self, until=None, *, server_round=1, extra=None, rosters=False):
+    def go(self, until=None, *, server_round=1, extra=None, **settings):
         """Carry a round out; stop before the stage ``until`` and return the exchange."""
-        exchange = SecAggPlus(rosters=rosters).begin(
+        exchange = SecAggPlus(**settings).begin(
             SumRequest(
                 session=Session(5, server_round, terms_of(RecordDict(dict(extra or task())))),
                 nodes=NODES,
@@ -325,6 +326,7 @@ def test_rules_are_read_from_the_nodes_config(tmp_path):
             "secagg-colluders": 2,
             "secagg-identity": str(identity),
             "secagg-roster": str(roster),
+            "secagg-journal": str(tmp_path / "journal"),
         }
     )
     assert (rules.min_cohort, rules.colluders) == (5, 2)
@@ -334,10 +336,14 @@ def test_rules_are_read_from_the_nodes_config(tmp_path):
         {"secagg-min-cohort": True},
         {"secagg-min-cohort": 1},
         {"secagg-roster": ""},
-        {"secagg-roster": str(roster)},
+        {"secagg-roster": str(roster), "secagg-journal": str(tmp_path / "journal")},
+        {"secagg-identity": str(identity), "secagg-journal": str(tmp_path / "journal")},
     ):
         with pytest.raises(ValueError):
             rules_from_node_config(wrong)
+    # Asked twice before it has kept the state of the first time, it would hand out both shares.
+    with pytest.raises(ValueError, match="needs secagg-journal"):
+        rules_from_node_config({"secagg-identity": str(identity), "secagg-roster": str(roster)})
 
 
 def test_a_node_whose_config_is_wrong_takes_no_part():
@@ -350,30 +356,95 @@ def test_a_node_whose_config_is_wrong_takes_no_part():
 
 
 def test_nodes_with_rosters_in_files(tmp_path):
+    nodes = Nodes()
     keys = {n: Ed25519PrivateKey.generate() for n in NODES}
-    roster = tmp_path / "roster"
-    roster.write_bytes(
-        b"\n".join(
-            k.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-            for k in keys.values()
-        )
-    )
-    nodes = Nodes(secagg_roster=str(roster))
-    for n, key in keys.items():
-        path = tmp_path / f"id{n}"
-        path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        nodes.contexts[n].node_config["secagg-identity"] = str(path)
+    for n, config in files_of(keys, tmp_path).items():
+        nodes.contexts[n].node_config.update(config)
     assert nodes.go(rosters=True).survivors == NODES
 
 
-def test_terms_that_are_not_those_the_round_began_with_get_no_vector():
-    """A server that told one node a coarse grid and the others a fine one could take it apart."""
+def files_of(keys, folder, *, stranger=None):
+    """Write each node's identity, and the roster that all but the stranger have."""
+    for name, left_out in (("roster", stranger), ("all", None)):
+        lines = [
+            key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+            for n, key in keys.items()
+            if n != left_out
+        ]
+        (folder / name).write_bytes(b"\n".join(lines))
+    configs = {}
+    for n, key in keys.items():
+        path = folder / f"id{n}"
+        path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        roster = folder / ("all" if n == stranger else "roster")
+        configs[n] = {
+            "secagg-identity": str(path),
+            "secagg-roster": str(roster),
+            "secagg-journal": str(folder / f"journal{n}"),
+        }
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("stranger", "min_survivors", "taken"), [(None, 4, True), (4, 3, True), (4, 4, False)]
+)
+def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certain(
+    tmp_path, stranger, min_survivors, taken
+):
+    """t neighbours hand out shares of a seed, and the server is any of them that is a stranger."""
+    plan = design(
+        noise_multiplier=2.0,
+        rounds=1,
+        dimension=4,
+        clip_norm=1.0,
+        num_nodes=4,
+        min_survivors=min_survivors,
+        max_units=4,
+        unit="node",
+        relation="zero-out",
+    )
+    asked = DistributedRequest(plan=plan, server_round=1, num_rounds=1, rotation_seed=b"public")
+    terms = {**task(), records.DISTRIBUTED: asked.to_config()}
+    del terms[records.UPDATE]
+
+    def noised(message, context):
+        total = ArrayRecord({records.SUM: Array(np.zeros(4, np.int64))})
+        return Message(RecordDict({records.INTEGER_SUM: total}), reply_to=message)
+
+    nodes = Nodes(noised)
+    keys = {n: Ed25519PrivateKey.generate() for n in NODES}
+    for n, config in files_of(keys, tmp_path, stranger=stranger).items():
+        nodes.contexts[n].node_config.update(config)
+    exchange = nodes.go("mask", extra=terms, rosters=True, threshold=1.0)  # t = 3 of 3 neighbours
+    reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1], terms))
+    if taken:
+        assert not reply.has_error(), reply.error
+    else:
+        assert NodeErrorCode(reply.error.code) is NodeErrorCode.POLICY_REFUSED
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {records.UPDATE: task(clip_norm=2.0)[records.UPDATE]},
+        {records.CONFIG: ConfigRecord({"server-round": 1, "lr": 0.0})},
+        {records.ARRAYS: ArrayRecord({"w": Array(np.full(4, np.nan, np.float32))})},
+        {records.ARRAYS: ArrayRecord({"w": Array(np.zeros((2, 2), np.float32))})},
+        {records.ARRAYS: ArrayRecord({"v": Array(np.zeros(4, np.float32))})},
+        {"more": ArrayRecord({"w": Array(np.zeros(4, np.float32))})},
+        {"more": MetricRecord({"lr": 0.0})},
+        {records.COHORT: ConfigRecord()},
+    ],
+)
+def test_terms_that_are_not_those_the_round_began_with_get_no_vector(changed):
+    """A server that told one node a coarse grid and the others a fine one could take it apart.
+
+    So could one that sent all others a model or a config under which they learn nothing.
+    """
     nodes = Nodes()
     exchange = nodes.go(until="mask")
-    other = dict(task())
-    other[records.UPDATE] = ConfigRecord(dict(other[records.UPDATE]) | {"clip-norm": 2.0})
     node, protocol = next(iter(exchange.requests.items()))
-    content = nodes.content(exchange, protocol, other)
+    content = nodes.content(exchange, protocol, task() | changed)
     assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
 
 

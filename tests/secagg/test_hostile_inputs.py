@@ -165,9 +165,12 @@ def test_a_node_refuses_or_answers_whatever_it_is_asked(stage):
         if request.stage is not stage:
             return  # which the journal refuses
         try:
-            Cast(PARTS, rules, dict(states)).answer(1, request)
+            _, reply = Cast(PARTS, rules, dict(states)).answer(1, request)
         except Refused:
             return
+        if stage is Stage.UNMASK:  # whatever it was asked: one kind of share of each peer, once
+            named = [share.node_id for share in (*reply.seed_shares, *reply.key_shares)]
+            assert len(named) == len(set(named)) == 3
 
     @batches(CASES[stage][0])
     def ask_many(seed, rosters):

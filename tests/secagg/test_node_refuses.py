@@ -240,6 +240,17 @@ def test_unmasking_needs_confirmations_of_being_a_survivor():
     cast.answer(1, dataclasses.replace(request, acknowledgements=acknowledgements[1:]))
 
 
+def test_a_confirmation_by_a_node_that_is_not_on_the_roster_does_not_count():
+    everyone = with_rosters(NODES)
+    known = Roster(everyone[5].roster.members - {everyone[5].identity.public})
+    rules = {n: dataclasses.replace(everyone[n], roster=known) for n in NODES[:4]}
+    cast, request = at(Stage.UNMASK, rules={**rules, 5: everyone[5]}, rosters=True)
+    assert cast.states[1].members == (2, 3, 4)
+    two, three, four, five = request.acknowledgements
+    assert refusal(cast, request, acknowledgements=(two, three, five)) is Refusal.UNCONFIRMED
+    cast.answer(1, dataclasses.replace(request, acknowledgements=(two, three, four)))
+
+
 def test_survivors_other_than_those_that_were_signed():
     cast, request = at(Stage.UNMASK, rosters=True)
     reason = refusal(cast, request, survivors=(2, 3, 4), dropped=(5,))

@@ -70,7 +70,7 @@ def test_no_secret_shows_in_a_representation():
     assert repr(SCALAR) not in repr(KeyPair(SCALAR))
 
 
-def test_labels_tell_run_round_purpose_and_direction_apart():
+def test_labels_tell_run_round_terms_packing_purpose_and_direction_apart():
     labels = [
         session.label(purpose, *parties)
         for session in (Session(1, 1), Session(1, 2), Session(2, 1))
@@ -80,6 +80,13 @@ def test_labels_tell_run_round_purpose_and_direction_apart():
     assert len(set(labels)) == len(labels)
     assert Session(1, 1).pair_label(5, 3) == Session(1, 1).pair_label(3, 5)
     assert commitment(bytes(32), b"a") != commitment(bytes(32), b"b")
+    told = [
+        session.of_words(*words)
+        for session in (Session(1, 1), Session(1, 1, b"a"), Session(1, 1, b"b"), Session(2, 1))
+        for words in ((4, 32, 1), (5, 32, 1), (4, 64, 1), (4, 21, 3))
+    ]
+    for made in (lambda it: it.label("seal", 1, 2), lambda it: it.pair_label(1, 2)):
+        assert len({made(session) for session in told}) == len(told)
     with pytest.raises(ValueError, match="64 bits"):
         Session(2**64, 1)
 
@@ -216,6 +223,24 @@ def test_fewer_shares_fit_every_secret_equally():
         ) % PRIME
         made_up = {2: shares[1], 4: shares[3], 5: third.to_bytes(SHARE_BYTES, "big")}
         assert int.from_bytes(combine(made_up), "big") == other
+
+
+@pytest.mark.parametrize("threshold", [2, 3, 5])
+def test_one_share_less_than_the_threshold_does_not_give_the_secret(threshold):
+    secret = secure().random_bytes(32)
+    first, again = (
+        dict(enumerate(split(secret, threshold=threshold, count=6, rng=secure()), 1))
+        for _ in range(2)
+    )
+    assert not {*first.values()} & {*again.values(), bytes(1) + secret}
+    for shares in (first, again):
+        for size in range(1, threshold):
+            for chosen in itertools.combinations(shares, size):
+                try:
+                    found = combine({x: shares[x] for x in chosen})
+                except ValueError:
+                    continue
+                assert found != secret
 
 
 def test_shares_that_are_none_are_refused():

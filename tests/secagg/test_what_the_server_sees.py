@@ -111,6 +111,36 @@ def test_masks_of_two_rounds_and_two_peers_have_nothing_in_common():
     assert p_value(Modulus(32).pack(difference - other), 32) > FALSE_ALARM
 
 
+def secrets_of_a_round(server_round):
+    """Return every secret that any node made or agreed on, and what they are put together from."""
+    found = []
+    cast = Cast(dict.fromkeys(NODES, np.zeros(2, np.int64)))
+
+    def watch(stage, replies):
+        for n in NODES:
+            state, reply = cast.states[n], replies[n]
+            if reply.stage is Stage.ADVERTISE:
+                found.extend((state.mask_private, state.seal_private))
+            if reply.stage is Stage.SHARE:
+                found.extend((state.seed, *(item.key for item in state.opening)))
+            if reply.stage is Stage.MASK:
+                found.extend(item.seed_share for item in state.held)
+                found.extend(item.key_share for item in state.held)
+
+    cast.run(plan(NODES, width=2, server_round=server_round), watch=watch)
+    return found
+
+
+def test_no_secret_serves_two_nodes_or_two_rounds():
+    # A seed is known to the server once its round is over: in a second one it would hide nothing.
+    rounds = [secrets_of_a_round(server_round) for server_round in (1, 2, 2)]
+    each = 3 * len(NODES) + 3 * len(NODES) * (len(NODES) - 1)
+    assert [len(found) for found in rounds] == [each] * 3
+    together = {secret for found in rounds for secret in found}
+    assert len(together) == 3 * each
+    assert min(map(len, together)) == 32
+
+
 @pytest.mark.parametrize(("bits", "lanes"), [(21, 3), (22, 8)])
 def test_words_of_several_entries_are_uniform_under_a_mask_and_not_without(bits, lanes):
     plain = np.arange(3 * WIDTH) % 200 - 100
