@@ -14,9 +14,6 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
-import scipy.stats
-from dp_accounting import NeighboringRelation
-from dp_accounting.pld import privacy_loss_distribution as pld
 
 from dpfl_flower.accounting import poisson
 from dpfl_flower.accounting.events import (
@@ -29,7 +26,12 @@ from dpfl_flower.accounting.events import (
     Laplace,
     PoissonSampled,
 )
+from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.accounting.units import Relation
+
+pld = lazily("dp_accounting.pld.privacy_loss_distribution")
+stats = lazily("scipy.stats")
+dp_accounting = lazily("dp_accounting")
 
 STANDARD_INTERVAL = 1e-4
 # Below this delta the rounding errors of the FFT (about 1e-13) are no longer small beside it.
@@ -45,10 +47,10 @@ _COARSE_POINTS = 8_000
 _TAIL = 9.6
 
 _RELATIONS = {
-    Relation.ADD_OR_REMOVE_ONE: NeighboringRelation.ADD_OR_REMOVE_ONE,
-    Relation.REPLACE_ONE: NeighboringRelation.REPLACE_ONE,
+    Relation.ADD_OR_REMOVE_ONE: "ADD_OR_REMOVE_ONE",
+    Relation.REPLACE_ONE: "REPLACE_ONE",
     # dp-accounting's word for a unit replaced by zeros.
-    Relation.ZERO_OUT: NeighboringRelation.REPLACE_SPECIAL,
+    Relation.ZERO_OUT: "REPLACE_SPECIAL",
 }
 
 
@@ -67,7 +69,7 @@ def supports(event: Event, relation: Relation) -> bool:
 @lru_cache(maxsize=8)
 def _distribution(event: Event, relation: Relation, interval: float) -> Any:
     """Return the distribution of one release."""
-    neighbours = _RELATIONS[relation]
+    neighbours = dp_accounting.NeighboringRelation[_RELATIONS[relation]]
     match event:
         case Gaussian(noise_multiplier=z):
             return pld.from_gaussian_mechanism(
@@ -100,10 +102,10 @@ def _capped(event: CappedPoissonSampled, relation: Relation, interval: float) ->
     """
     z = event.noise_multiplier
     plain = _distribution(PoissonSampled(event.rate, Gaussian(z)), relation, interval)
-    full = float(scipy.stats.binom.sf(event.cap - 1, event.population - 1, event.rate))
+    full = float(stats.binom.sf(event.cap - 1, event.population - 1, event.rate))
     if full == 0:
         return plain
-    overfull = float(scipy.stats.binom.sf(event.cap, event.population, event.rate))
+    overfull = float(stats.binom.sf(event.cap, event.population, event.rate))
     chance = overfull * event.cap / full / event.population
     pushing = poisson.distribution(chance, z / 2, replace=True, interval=interval)
     return pushing.compute_mixture(plain, full)

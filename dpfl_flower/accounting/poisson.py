@@ -13,9 +13,13 @@ import math
 from typing import Any
 
 import numpy as np
-from dp_accounting.pld import pld_pmf, privacy_loss_distribution
-from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from numpy.typing import NDArray
+
+from dpfl_flower.accounting.lazily import lazily
+
+pld_pmf = lazily("dp_accounting.pld.pld_pmf")
+privacy_loss_distribution = lazily("dp_accounting.pld.privacy_loss_distribution")
+mechanisms = lazily("dp_accounting.pld.privacy_loss_mechanism")
 
 _Vector = NDArray[np.float64]
 
@@ -35,16 +39,18 @@ def distribution(rate: float, noise_multiplier: float, *, replace: bool, interva
         The distance of the grid's points.
     """
     if replace:
-        pmf = _pmf(rate, noise_multiplier, AdjacencyType.REPLACE, interval)
+        pmf = _pmf(rate, noise_multiplier, "REPLACE", interval)
         return privacy_loss_distribution.PrivacyLossDistribution(pmf)
     return privacy_loss_distribution.PrivacyLossDistribution(
-        _pmf(rate, noise_multiplier, AdjacencyType.REMOVE, interval),
-        _pmf(rate, noise_multiplier, AdjacencyType.ADD, interval),
+        _pmf(rate, noise_multiplier, "REMOVE", interval),
+        _pmf(rate, noise_multiplier, "ADD", interval),
     )
 
 
-def _pmf(rate: float, noise_multiplier: float, adjacency: AdjacencyType, interval: float) -> Any:
-    mechanism = GaussianPrivacyLoss(noise_multiplier, sampling_prob=rate, adjacency_type=adjacency)
+def _pmf(rate: float, noise_multiplier: float, adjacency: str, interval: float) -> Any:
+    mechanism = mechanisms.GaussianPrivacyLoss(
+        noise_multiplier, sampling_prob=rate, adjacency_type=mechanisms.AdjacencyType[adjacency]
+    )
     bounds = mechanism.connect_dots_bounds()
     low = math.floor(bounds.epsilon_lower / interval)
     high = math.ceil(bounds.epsilon_upper / interval)
@@ -58,10 +64,10 @@ def _deltas(mechanism: Any, epsilons: _Vector) -> _Vector:
     log_rest = math.log1p(-mechanism.sampling_prob)
     deltas = np.zeros_like(epsilons)
     inside = np.ones(epsilons.shape, dtype=bool)
-    if mechanism.adjacency_type == AdjacencyType.REMOVE:
+    if mechanism.adjacency_type == mechanisms.AdjacencyType.REMOVE:
         inside = epsilons > log_rest  # the loss is never less
         deltas[~inside] = -np.expm1(epsilons[~inside])
-    elif mechanism.adjacency_type == AdjacencyType.ADD:
+    elif mechanism.adjacency_type == mechanisms.AdjacencyType.ADD:
         inside = epsilons < -log_rest  # the loss is never more
     losses = epsilons[inside]
     cutoffs = _cutoffs(mechanism, losses)
@@ -81,10 +87,10 @@ def _cutoffs(mechanism: Any, losses: _Vector) -> _Vector:
     log_rest = math.log1p(-mechanism.sampling_prob)
     log_rate = math.log(mechanism.sampling_prob)
     with np.errstate(divide="ignore"):
-        if mechanism.adjacency_type == AdjacencyType.REMOVE:
+        if mechanism.adjacency_type == mechanisms.AdjacencyType.REMOVE:
             unsampled = losses - log_rate + np.log(-np.expm1(log_rest - losses))
             return _vector(-0.5 - unsampled * variance)
-        if mechanism.adjacency_type == AdjacencyType.ADD:
+        if mechanism.adjacency_type == mechanisms.AdjacencyType.ADD:
             unsampled = losses + log_rate - np.log(-np.expm1(log_rest + losses))
             return _vector(0.5 - unsampled * variance)
         log_alpha = 0.5 / variance + log_rest - log_rate

@@ -12,11 +12,9 @@ they are handed over under replace-one. Privacy loss distributions must not be g
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-import dp_accounting
 import numpy as np
-from dp_accounting import rdp
-from dp_accounting.rdp import rdp_privacy_accountant
 from numpy.typing import NDArray
 
 from dpfl_flower.accounting import distributed
@@ -29,7 +27,12 @@ from dpfl_flower.accounting.events import (
     Laplace,
     PoissonSampled,
 )
+from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.accounting.units import Relation
+
+dp_accounting = lazily("dp_accounting")
+rdp = lazily("dp_accounting.rdp")
+rdp_privacy_accountant = lazily("dp_accounting.rdp.rdp_privacy_accountant")
 
 _ROUNDING = 1e-13
 
@@ -52,7 +55,7 @@ def needed(event: Event) -> bool:
     return isinstance(event, FixedSizeSampled | DistributedDiscreteGaussian | DistributedSkellam)
 
 
-def _translate(event: Event, sensitivity: int) -> dp_accounting.DpEvent:
+def _translate(event: Event, sensitivity: int) -> Any:
     match event:
         case Gaussian(noise_multiplier=z):
             return dp_accounting.GaussianDpEvent(z / sensitivity)

@@ -13,11 +13,12 @@
 import math
 from dataclasses import dataclass
 
-from scipy.optimize import minimize_scalar
-
 from dpfl_flower import checks
 from dpfl_flower.accounting import PrivacyBudget, calibrate
+from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.distributed.plan import DistributedPlan, ShareNoise
+
+optimize = lazily("scipy.optimize")
 
 __all__ = ["Accuracy", "accuracy", "wrap_probability"]
 
@@ -114,5 +115,7 @@ def wrap_probability(plan: DistributedPlan, *, units: int, survivors: int | None
 
     # Every t > 0 gives a bound; about the best one is the Gaussian's.
     gaussian = room / (sums + shares)
-    best = minimize_scalar(log_bound, bounds=(0.0, min(2 * gaussian, 100.0)), method="bounded")
+    best = optimize.minimize_scalar(
+        log_bound, bounds=(0.0, min(2 * gaussian, 100.0)), method="bounded"
+    )
     return min(1.0, 2 * math.exp(min(0.0, float(best.fun))))
