@@ -157,7 +157,7 @@ def start_arrays() -> ArrayRecord:
 
 
 def kill_and_resume(subject: type[StrategySubject], directory: Path, seed: int) -> None:
-    """Kill ``subject.kills`` runs, each at another moment, some twice, and resume each to its end."""
+    """Kill ``kills`` runs, each at another moment, some twice, and resume each to its end."""
     coins = random.Random(seed)
     whole = directory / "whole"
     fork_and_wait(run_until_killed, subject, whole, 0)

@@ -89,9 +89,7 @@ class NodesWithShares(Grid):
             message.metadata.message_type,
             group_id=message.metadata.group_id,
         )
-        reply, self._contexts[node] = answer(
-            self._app, copied, context, run_id=self._run.run_id
-        )
+        reply, self._contexts[node] = answer(self._app, copied, context, run_id=self._run.run_id)
         return reply.error if reply.has_error() else reply.content
 
     def _new_context(self, node: int) -> Context:
