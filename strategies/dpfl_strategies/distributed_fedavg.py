@@ -31,13 +31,13 @@ from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan, ShareNoise, design
 from dpfl_flower.quantize import DistributedGrid
 from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
-from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.secure_round import SecureRound
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
@@ -193,18 +193,15 @@ class DistributedDPFedAvg(Strategy):
             unit=request.unit,
             relation=request.relation,
         )
-        if ledger is None and checkpoint_dir is not None:
-            ledger = Path(checkpoint_dir) / "ledger.jsonl"
         self.server_optimizer = server_optimizer or FedAvg()
         self._secure = secure_aggregation
         self._num_nodes = num_nodes
         self._settings = DistributedSettings(
-            request=request,
+            files=RunFiles.of(
+                request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
+            ),
             design=plan_for,
             sampling_rate=sampling_rate,
-            dataset=dataset,
-            ledger_path=ledger,
-            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
         )
         self._clipping = clipping
         self._wait_seconds = wait_seconds

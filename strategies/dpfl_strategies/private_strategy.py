@@ -32,7 +32,6 @@ from dpfl_flower.federated_dropout import FederatedDropout
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
 from dpfl_flower.secagg import SecureAggregation
-from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
 from dpfl_strategies.messages import from_record, to_messages, to_record
@@ -49,6 +48,7 @@ from dpfl_strategies.round_loop import (
     log_result,
     run_rounds,
 )
+from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.secure_gathering import SecureGathering
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
@@ -224,19 +224,16 @@ class PrivateStrategy(Strategy, ABC):
         self._failures = FailureWatch(give_up_after)
         large = sampling.expected_cohort > _DITHER_ABOVE
         checks.at_least(1, max_inflation=max_inflation)
-        if ledger is None and checkpoint_dir is not None:
-            ledger = Path(checkpoint_dir) / "ledger.jsonl"
         self._plan = PrivatePlan(
-            request=request,
+            files=RunFiles.of(
+                request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
+            ),
             clipping=clipping,
             rounding=checks.choice(
                 Rounding, rounding=rounding or (Rounding.DITHERED if large else Rounding.NEAREST)
             ),
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
-            dataset=dataset,
-            ledger_path=ledger,
-            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
             rng=secure() if noise_seed is None else SeededRandom(noise_seed),
         )
         self._gathering: Gathering
