@@ -5,8 +5,6 @@ the ledger, add the noise, and hand the noisy mean to the server optimizer (DP-F
 al., arXiv 1710.06963). Clip norm and divisor are public constants or released values.
 """
 
-import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,16 +24,21 @@ from dpfl_flower.accounting import (
     Relation,
     Sampling,
 )
-from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.clipping import ClippingPolicy
 from dpfl_flower.federated_dropout import FederatedDropout
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
 from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
-from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
+from dpfl_strategies.gathering import Asked
 from dpfl_strategies.messages import from_record, to_messages, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.private_arguments import (
+    check_arguments,
+    gathering_for,
+    model_of,
+    rounding_for,
+)
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
@@ -49,15 +52,9 @@ from dpfl_strategies.round_loop import (
     run_rounds,
 )
 from dpfl_strategies.run_files import RunFiles
-from dpfl_strategies.secure_gathering import SecureGathering
+from dpfl_strategies.run_report import RunReport
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
-
-log = logging.getLogger("flwr.dpfl")
-
-# Above this cohort, nearest rounding could lose more than 1 % of the noise's scale in each
-# coordinate to a common bias (cohort / 2 grid units against 2**14); a public dither has none.
-_DITHER_ABOVE: Final = 256
 
 
 class PrivateStrategy(Strategy, ABC):
@@ -195,21 +192,16 @@ class PrivateStrategy(Strategy, ABC):
             unit=unit,
             relation=relation,
         )
-        none = type(None)
-        checks.instance(ClippingPolicy, clipping=clipping)
-        checks.instance(ServerOptimizer, none, server_optimizer=server_optimizer)
-        checks.instance(Weighting, none, weighting=weighting)
-        checks.instance(str, Path, none, ledger=ledger, checkpoint_dir=checkpoint_dir)
-        checks.name(dataset=dataset)
-        if give_up_after is not None:
-            checks.positive_int(give_up_after=give_up_after)
-        if noise_seed is not None:
-            checks.non_negative_int(noise_seed=noise_seed)
-        if noise_seed is not None and (ledger is not None or checkpoint_dir is not None):
-            raise ValueError(
-                f"noise_seed={noise_seed!r} must be None with a ledger or a checkpoint_dir: seeded "
-                "noise protects nobody, so nothing it releases may be recorded as private"
-            )
+        check_arguments(
+            clipping=clipping,
+            server_optimizer=server_optimizer,
+            weighting=weighting,
+            ledger=ledger,
+            dataset=dataset,
+            checkpoint_dir=checkpoint_dir,
+            give_up_after=give_up_after,
+            noise_seed=noise_seed,
+        )
         self._gate = MetricsGate(
             metrics,
             fraction_evaluate=fraction_evaluate,
@@ -222,66 +214,33 @@ class PrivateStrategy(Strategy, ABC):
         self._wait_seconds = wait_seconds
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
-        large = sampling.expected_cohort > _DITHER_ABOVE
         checks.at_least(1, max_inflation=max_inflation)
         self._plan = PrivatePlan(
             files=RunFiles.of(
                 request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
             ),
             clipping=clipping,
-            rounding=checks.choice(
-                Rounding, rounding=rounding or (Rounding.DITHERED if large else Rounding.NEAREST)
-            ),
+            rounding=rounding_for(rounding, sampling),
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
             rng=secure() if noise_seed is None else SeededRandom(noise_seed),
         )
-        self._gathering: Gathering
-        if num_nodes is None:
-            if request.unit is not PrivacyUnit.NODE:
-                raise ValueError(
-                    f"unit={str(request.unit)!r} must be 'node' without num_nodes: a record more "
-                    "or less in a node changes its whole update, which moves the sum by up to two "
-                    "clip norms. Give num_nodes where nodes bound each of their units themselves; "
-                    "or unit='node' and relation='replace-one', which covers whatever changes "
-                    "inside a node"
-                )
-            self._gathering = NodesAreUnits(
-                sampling,
-                rng=self._plan.rng,
-                weigh=self.weigh,
-                federated_dropout=federated_dropout,
-            )
-        else:
-            if federated_dropout is not None:
-                raise ValueError(
-                    f"federated_dropout={federated_dropout!r} must be None with num_nodes="
-                    f"{num_nodes}: the units of a node train one model"
-                )
-            self._gathering = UnitsInsideNodes(sampling, num_nodes=num_nodes, unit=request.unit)
-            if not isinstance(self.weighting, UniformWeighting):
-                raise ValueError(
-                    f"weighting={self.weighting!r} must be uniform with num_nodes={num_nodes}: "
-                    "how many records a unit has stays in its node"
-                )
         self._federated_dropout = federated_dropout
-        if secure_aggregation is not None:
-            if federated_dropout is not None:
-                raise ValueError(
-                    f"federated_dropout={federated_dropout!r} must be None with "
-                    "secure_aggregation: masked vectors are all of one length"
-                )
-            self._gathering = SecureGathering(
-                self._gathering,
-                secure_aggregation,
-                request=request,
-                weighting=self.weighting if self.weighs_by_weighting else None,
-            )
+        self._gathering = gathering_for(
+            request,
+            rng=self._plan.rng,
+            weigh=self.weigh,
+            weighting=self.weighting,
+            weighs_by_weighting=self.weighs_by_weighting,
+            num_nodes=num_nodes,
+            federated_dropout=federated_dropout,
+            secure_aggregation=secure_aggregation,
+        )
         self._registry = self._new_registry()
         self._run: PrivateRun | None = None
         self._asked: Asked | None = None
         self._evaluating: frozenset[int] = frozenset()
-        self._signal_to_noise: dict[int, float] = {}
+        self._report = RunReport(self._plan)
 
     # --- named points to subclass ---------------------------------------------------------------
 
@@ -351,7 +310,7 @@ class PrivateStrategy(Strategy, ABC):
         self._gathering.stage_seconds = timeout
         arrays = self.prepare(initial_arrays, num_rounds)
         assert self._run is not None
-        result = PrivateResult(signal_to_noise=self._signal_to_noise)
+        result = PrivateResult(signal_to_noise=self._report.signal_to_noise)
         try:
             self.summary()
             run_rounds(
@@ -359,7 +318,7 @@ class PrivateStrategy(Strategy, ABC):
                 LoopHooks(
                     failures=self._failures,
                     stop_reason=self._stop_reason,
-                    progress=lambda server_round: self._progress(server_round, num_rounds),
+                    progress=lambda done: self._report.progress(self._running(), done, num_rounds),
                     proceed=self.continue_train,
                 ),
                 result,
@@ -396,14 +355,9 @@ class PrivateStrategy(Strategy, ABC):
             raise RuntimeError("this strategy is already running; close() it first")
         self._failures = FailureWatch(self._give_up_after)
         self._registry = self._new_registry()
-        model = from_record(initial_arrays)
-        if self._federated_dropout is not None:
-            self._federated_dropout.check(model)
-        for name, array in model.items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"initial_arrays[{name!r}] must be finite numbers")
+        model = model_of(initial_arrays, self._federated_dropout)
         self._run = self._plan.open(model, num_rounds, settings=self.settings())
-        self._signal_to_noise = {}
+        self._report = RunReport(self._plan)
         try:
             self._gathering.prepare(self._run)
         except BaseException:
@@ -470,7 +424,7 @@ class PrivateStrategy(Strategy, ABC):
             self._failures.record(asked=max(1, len(asked.nodes)), answered=0)
             return None, None
         noisy = run.charge_and_release(gathered.total, server_round)
-        self._signal_to_noise[server_round] = noisy.signal_to_noise
+        self._report.signal_to_noise[server_round] = noisy.signal_to_noise
         model = run.layout.flatten(asked.reference)
         released = run.commit(
             server_round,
@@ -524,19 +478,7 @@ class PrivateStrategy(Strategy, ABC):
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        request = self._plan.request
-        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
-        log.info("\t├──> Sampling: %s", request.sampling)
-        log.info("\t├──> Clipping: %s", self._plan.clipping)
-        log.info("\t├──> Trust: %s", self._gathering.trust)
-        if self._run is not None:
-            log.info("\t├──> Noise multiplier: %.4f", self._run.noise_multiplier)
-        if not self._plan.rng.protects:
-            log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
-        if self._gate.open:
-            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
-        budget = request.budget if self._run is None else self._run.ledger.budget
-        log.info("\t└──> Budget: %s", budget or "none")
+        self._report.summary(self._run, self._gathering, metrics=self._gate.open)
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -565,17 +507,3 @@ class PrivateStrategy(Strategy, ABC):
         result.privacy = self.privacy_spent()
         result.metrics_not_covered = self._gate.open
         hand_over(result, grid)
-
-    def _progress(self, server_round: int, num_rounds: int) -> str:
-        signal = self._signal_to_noise.get(server_round, math.inf)
-        return f"{self._spent(server_round, num_rounds)}, signal-to-noise {signal:.2g}"
-
-    def _spent(self, server_round: int, num_rounds: int) -> str:
-        if not self._plan.rng.protects:
-            return "no epsilon: the noise is seeded"
-        every = max(1, num_rounds // 10)
-        if server_round % every and server_round != num_rounds:
-            return f"{server_round} releases charged"
-        budget = self._plan.request.budget
-        spent = f"epsilon {rounded_up(self._running().ledger.epsilon())}"
-        return spent if budget is None else f"{spent} of {budget.epsilon:g}"
