@@ -82,6 +82,7 @@ class TestSharesOfSkellamNoise(FreshShares):
     share_noise = "skellam"
 
     # The others do not depend on the law.
+    test_no_coordinate_is_constant_or_a_copy_of_another = None
     test_rounds_and_runs_are_uncorrelated = None
     test_forked_workers_and_restarts_are_uncorrelated = None
     test_two_runs_resumed_from_one_checkpoint_draw_their_own_noise = None
