@@ -31,7 +31,7 @@ from dpfl_flower.accounting.plan import Plan
 from dpfl_flower.accounting.statement import PrivacyStatement
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
-from dpfl_flower.checks import choice, non_negative, non_negative_int, positive_int
+from dpfl_flower.checks import non_negative, non_negative_int, positive_int
 
 __all__ = ["Ledger", "LedgerPosition", "Plan"]
 
@@ -102,12 +102,7 @@ class Ledger:
         LedgerError
             If it is about another data set, unit, relation or delta, or has a smaller budget.
         """
-        terms = LedgerTerms(
-            dataset,
-            delta,
-            choice(PrivacyUnit, unit=unit),
-            choice(Relation, relation=relation),
-        )
+        terms = LedgerTerms.of(dataset, delta, unit=unit, relation=relation)
         if budget is not None:
             terms.check_budget(budget)
         non_negative(wait_seconds=wait_seconds)
@@ -132,12 +127,7 @@ class Ledger:
         budget: PrivacyBudget | None = None,
     ) -> Self:
         """Return a ledger that forgets: it can only speak for "this run only"."""
-        terms = LedgerTerms(
-            dataset,
-            delta,
-            choice(PrivacyUnit, unit=unit),
-            choice(Relation, relation=relation),
-        )
+        terms = LedgerTerms.of(dataset, delta, unit=unit, relation=relation)
         ledger = cls(terms, file=None, budget=budget)
         ledger._append(terms.header(budget))
         return ledger
@@ -385,11 +375,7 @@ class Ledger:
         # The first line is confirmed before a second one is written.
         begun = len(chain.entries) > 1 or len(data) > chain.position.length
         if confirmed is None and begun and not accept_missing_head:
-            raise LedgerTampered(
-                f"{self._name} has no sidecar {self._file.sidecar}, so nothing says that its end "
-                "is still there. Put the sidecar back; or, if you know that the ledger is "
-                "complete, open it once with accept_missing_head=True"
-            )
+            raise self._file.without_head(self._name)
         if len(data) > chain.position.length:
             self._file.append(TORN_MARK)
             self._take(chain.extend(data[chain.position.length :] + TORN_MARK))

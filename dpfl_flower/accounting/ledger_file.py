@@ -161,6 +161,14 @@ class LedgerFile:
                 f"{self.sidecar} is not a ledger's sidecar but {content[:80]!r}: put it back"
             ) from None
 
+    def without_head(self, name: str) -> LedgerTampered:
+        """Return the error for a ledger of this name whose sidecar is missing."""
+        return LedgerTampered(
+            f"{name} has no sidecar {self.sidecar}, so nothing says that its end "
+            "is still there. Put the sidecar back; or, if you know that the ledger is "
+            "complete, open it once with accept_missing_head=True"
+        )
+
     def append(self, line: bytes) -> None:
         """Write and fsync ``line``; once this fails, nothing more until the file is reopened."""
         self._check()

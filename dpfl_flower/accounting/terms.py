@@ -39,6 +39,15 @@ class LedgerTerms:
         object.__setattr__(self, "unit", choice(PrivacyUnit, unit=self.unit))
         object.__setattr__(self, "relation", choice(Relation, relation=self.relation))
 
+    @classmethod
+    def of(
+        cls, dataset: str, delta: float, *, unit: PrivacyUnit | str, relation: Relation | str
+    ) -> Self:
+        """Return the terms that a user named; ValueError naming what is out of bounds."""
+        return cls(
+            dataset, delta, choice(PrivacyUnit, unit=unit), choice(Relation, relation=relation)
+        )
+
     def header(self, budget: PrivacyBudget | None) -> dict[str, Any]:
         """Return the first line of a ledger with these terms."""
         return {

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks, clipping
 from dpfl_flower.clipping import Norm
-from dpfl_flower.layout import Array, as_numpy, dtype_name, is_floating
+from dpfl_flower.layout import Array
 from dpfl_flower.quantize import kernels
 from dpfl_flower.quantize.dither import dither
+from dpfl_flower.quantize.flat import flat_arrays
 from dpfl_flower.quantize.grid import IntegerGrid, Rounding
 
 __all__ = ["BoundedSum"]
@@ -156,7 +157,11 @@ class BoundedSum:
         """
         if not (_is_number(weight) and 0 <= weight <= 1):
             raise ValueError(f"weight={weight!r} must be in [0, 1]")
-        update = _Update(self._flat(values), None if reference is None else self._flat(reference))
+        dimension = self._grid.dimension
+        update = _Update(
+            flat_arrays(values, dimension),
+            None if reference is None else flat_arrays(reference, dimension),
+        )
         with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome: zeros
             work, length = self._difference(update)
             if not math.isfinite(length):
@@ -234,19 +239,6 @@ class BoundedSum:
         if dtype not in self._workspaces:
             self._workspaces[dtype] = kernels.Workspace(self._grid.dimension, dtype, self._dither)
         return self._workspaces[dtype]
-
-    def _flat(self, arrays: Sequence[Array]) -> list[NDArray[np.generic]]:
-        for index, array in enumerate(arrays):
-            if not is_floating(array):
-                raise ValueError(
-                    f"array {index} has dtype {dtype_name(array)}, must be floating: "
-                    "integer and boolean arrays are never released"
-                )
-        flat = [as_numpy(array).reshape(-1) for array in arrays]
-        size = sum(array.size for array in flat)
-        if size != self._grid.dimension:
-            raise ValueError(f"arrays have {size} entries, must be {self._grid.dimension}")
-        return flat
 
     def _room_for_one(self) -> list[NDArray[np.float32]]:
         """Return the blocks of the pending sum, with room for one more unit's integers."""

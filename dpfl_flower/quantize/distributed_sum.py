@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, clipping
-from dpfl_flower.layout import Array, as_numpy, dtype_name, is_floating
+from dpfl_flower.layout import Array
 from dpfl_flower.quantize.distributed_grid import DistributedGrid
+from dpfl_flower.quantize.flat import flat_arrays
 from dpfl_flower.quantize.modular import centred, reduced
 from dpfl_flower.quantize.rotation import Rotation
 from dpfl_flower.rng import RandomSource, secure
@@ -144,17 +145,8 @@ class DistributedSum:
         return (words.astype(np.float64) + 0.5) * 2.0**-32
 
     def _flat(self, arrays: Sequence[Array]) -> NDArray[np.float64]:
-        for index, array in enumerate(arrays):
-            if not is_floating(array):
-                raise ValueError(
-                    f"array {index} has dtype {dtype_name(array)}, must be floating: "
-                    "integer and boolean arrays are never released"
-                )
-        flat = [as_numpy(array).reshape(-1).astype(np.float64) for array in arrays]
-        size = sum(array.size for array in flat)
-        if size != self._grid.dimension:
-            raise ValueError(f"arrays have {size} entries, must be {self._grid.dimension}")
-        return np.concatenate(flat)
+        flat = flat_arrays(arrays, self._grid.dimension)
+        return np.concatenate([array.astype(np.float64) for array in flat])
 
 
 def decoded(

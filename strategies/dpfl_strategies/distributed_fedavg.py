@@ -16,9 +16,6 @@ from flwr.serverapp.strategy import Strategy
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import (
-    Event,
-    EveryoneSampling,
-    PoissonSampling,
     PrivacyBudget,
     PrivacyStatement,
     PrivacyUnit,
@@ -28,16 +25,16 @@ from dpfl_flower.accounting import (
 )
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.clipping import FixedClipping
-from dpfl_flower.distributed import DistributedPlan, ShareNoise, design
-from dpfl_flower.quantize import DistributedGrid
+from dpfl_flower.distributed import DistributedPlan, ShareNoise
 from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
-from dpfl_strategies.checkpoint import CheckpointDirectory
+from dpfl_strategies.distributed_design import DistributedDesign, unit_sampling_rate
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.secure_round import SecureRound
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
@@ -159,52 +156,26 @@ class DistributedDPFedAvg(Strategy):
                 f"secure_aggregation={secure_aggregation!r} must not show nodes the sum: what they "
                 "see before it is reduced is not what distributed noise is accounted for"
             )
-        sampling_rate = _sampling_rate(request, num_nodes)
+        sampling_rate = unit_sampling_rate(request, num_nodes)
         secure_aggregation.check_population(num_nodes)
-
-        def plan_for(dimension: int, rounds: int, prior: tuple[Event, ...]) -> DistributedPlan:
-            return design(
-                None if noise_multiplier is not None else budget,
-                noise_multiplier=noise_multiplier,
-                unit=request.unit,
-                relation=request.relation,
-                rounds=rounds,
-                dimension=dimension,
-                clip_norm=clipping.clip_norm,
-                num_nodes=num_nodes,
-                min_survivors=secure_aggregation.min_cohort,
-                colluders=secure_aggregation.colluders,
-                max_units=sampling.population,
-                noise=noise,
-                bits=bits,
-                max_inflation=max_inflation,
-                prior=prior,
-            )
-
-        # Relation, bits and numbers of nodes are checked before anybody waits for a node.
-        DistributedPlan(
-            grid=DistributedGrid(dimension=1, clip_units=1.0, sensitivity_units=1, bits=bits),
-            noise=ShareNoise(noise),
-            squared_scale=1,
+        plan_for = DistributedDesign(
+            request=request,
             clip_norm=clipping.clip_norm,
             num_nodes=num_nodes,
-            min_survivors=secure_aggregation.min_cohort,
-            colluders=secure_aggregation.colluders,
-            unit=request.unit,
-            relation=request.relation,
+            secure_aggregation=secure_aggregation,
+            noise=noise,
+            bits=bits,
+            max_inflation=max_inflation,
         )
-        if ledger is None and checkpoint_dir is not None:
-            ledger = Path(checkpoint_dir) / "ledger.jsonl"
         self.server_optimizer = server_optimizer or FedAvg()
         self._secure = secure_aggregation
         self._num_nodes = num_nodes
         self._settings = DistributedSettings(
-            request=request,
+            files=RunFiles.of(
+                request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
+            ),
             design=plan_for,
             sampling_rate=sampling_rate,
-            dataset=dataset,
-            ledger_path=ledger,
-            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
         )
         self._clipping = clipping
         self._wait_seconds = wait_seconds
@@ -418,33 +389,3 @@ class DistributedDPFedAvg(Strategy):
         if self._open is None or self._open.request.server_round != server_round:
             raise RuntimeError(f"round {server_round} is not open")
         return self._open
-
-
-def _sampling_rate(request: PrivacyRequest, num_nodes: int) -> float | None:
-    """Return the rate of the nodes' coins, None where the node is the unit.
-
-    Raises
-    ------
-    ValueError
-        If units would have to be drawn in another way, or there is another number of nodes.
-    """
-    sampling = request.sampling
-    if request.unit is PrivacyUnit.NODE:
-        if not isinstance(sampling, EveryoneSampling):
-            raise ValueError(
-                f"sampling={sampling!r} must be EveryoneSampling for unit='node': a node that is "
-                "not drawn adds no share, and no sampling is amplified"
-            )
-        if sampling.population != num_nodes:
-            raise ValueError(
-                f"num_nodes={num_nodes} must be population={sampling.population} for unit='node'"
-            )
-        return None
-    if isinstance(sampling, EveryoneSampling):
-        return 1.0
-    if isinstance(sampling, PoissonSampling):
-        return sampling.rate
-    raise ValueError(
-        f"sampling={sampling!r} must be EveryoneSampling or PoissonSampling: nodes draw their own "
-        "units, and only coins can be drawn apart"
-    )

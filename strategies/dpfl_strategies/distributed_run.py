@@ -1,13 +1,10 @@
 """A run with distributed noise, from its plan to its last round: ledger, checkpoint, state."""
 
 import dataclasses
-import functools
 import json
-import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,13 @@ from dpfl_flower.distributed import DistributedPlan
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import decoded
 from dpfl_flower.rng import secure
-from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.checkpoint import RunState
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.run_files import RunFiles, let_go, plan_part, require_same_settings
 from dpfl_strategies.server_optimizers import State
 
 __all__ = ["DistributedRun", "DistributedSettings"]
-
-log = logging.getLogger("flwr.dpfl")
 
 _SEED_BYTES = 16
 _PLAN = "plan"
@@ -40,12 +36,14 @@ DesignFn = Callable[[int, int, tuple[Event, ...]], DistributedPlan]
 class DistributedSettings:
     """Everything a run is made of that is known before its first round."""
 
-    request: PrivacyRequest
+    files: RunFiles
     design: DesignFn
     sampling_rate: float | None
-    dataset: str
-    ledger_path: str | Path | None
-    checkpoints: CheckpointDirectory | None
+
+    @property
+    def request(self) -> PrivacyRequest:
+        """What the user asked for."""
+        return self.files.request
 
     def open(
         self, initial_model: Arrays, num_rounds: int, *, settings: Mapping[str, str]
@@ -60,9 +58,9 @@ class DistributedSettings:
             If there is no plan within the budget, or none that fits the modulus.
         """
         layout = ArrayLayout.of(initial_model)
-        saved = None if self.checkpoints is None else self.checkpoints.load()
-        ledger = self._open_ledger()
-        try:
+
+        def start(ledger: Ledger, saved: RunState | None) -> "DistributedRun":
+            begun = saved is None
             if saved is None:
                 plan = self.design(layout.dimension, num_rounds, tuple(ledger.events()))
                 saved = RunState(
@@ -75,52 +73,20 @@ class DistributedSettings:
                         _NUM_ROUNDS: str(num_rounds),
                     },
                 )
-                begun = True
             else:
-                _check_resumable(saved, settings, num_rounds)
+                # Nodes' ledgers plan for the number of rounds, and so did the calibration.
+                require_same_settings(saved, {**settings, _NUM_ROUNDS: str(num_rounds)})
                 layout.check(saved.model)
-                if saved.ledger is not None:
-                    ledger.require_extends(saved.ledger)
-                log.info("Resuming run %s after round %d", saved.run, saved.server_round)
+                self.files.go_on(ledger, saved)
                 plan = DistributedPlan.from_fields(json.loads(saved.settings[_PLAN]))
-                begun = False
-            # Each part of a run has a plan of its own, so that rounds which a crash made it charge
-            # twice do not use up what a later part needs.
-            part = f"{saved.run}/{uuid.uuid4().hex[:8]}"
-            left = max(1, num_rounds - saved.server_round)
-            ledger.plan(part, plan.event, left, total_variation=plan.total_variation)
-            if begun and self.checkpoints is not None:
-                saved = dataclasses.replace(saved, ledger=ledger.position)
-                self.checkpoints.save(saved)
+            part = plan_part(
+                ledger, saved, plan.event, num_rounds, total_variation=plan.total_variation
+            )
+            if begun:
+                saved = self.files.begin(ledger, saved)
             return DistributedRun(self, ledger, part, plan, saved, num_rounds)
-        except BaseException:
-            _let_go(ledger)
-            raise
 
-    def _open_ledger(self) -> Ledger:
-        if self.ledger_path is None:
-            return self._remembered
-        request = self.request
-        return Ledger.open(
-            self.ledger_path,
-            dataset=self.dataset,
-            delta=request.delta,
-            unit=request.unit,
-            relation=request.relation,
-            budget=request.budget,
-        )
-
-    @functools.cached_property
-    def _remembered(self) -> Ledger:
-        """The ledger without a file: one for all runs of a strategy, which share its budget."""
-        request = self.request
-        return Ledger.in_memory(
-            dataset=self.dataset,
-            delta=request.delta,
-            unit=request.unit,
-            relation=request.relation,
-            budget=request.budget,
-        )
+        return self.files.opened(start)
 
 
 class DistributedRun:
@@ -187,25 +153,9 @@ class DistributedRun:
             optimizer_state=optimizer_state,
             ledger=self.ledger.position,
         )
-        if self._settings.checkpoints is not None:
-            self._settings.checkpoints.save(self.state)
+        self._settings.files.save(self.state)
         return self.state.model
 
     def close(self) -> None:
         """Let go of the ledger."""
-        _let_go(self.ledger)
-
-
-def _check_resumable(saved: RunState, settings: Mapping[str, str], num_rounds: int) -> None:
-    # Nodes' ledgers plan for the number of rounds, and so did the calibration.
-    for name, value in {**settings, _NUM_ROUNDS: str(num_rounds)}.items():
-        if saved.settings.get(name) != value:
-            raise CheckpointError(
-                f"{name}={value} must be {saved.settings.get(name)}, as when the run in the "
-                "checkpoint began; give another checkpoint_dir to begin a new run"
-            )
-
-
-def _let_go(ledger: Ledger) -> None:
-    if ledger.durable:  # the one in memory goes on counting
-        ledger.close()
+        let_go(self.ledger)

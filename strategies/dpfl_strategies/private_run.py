@@ -1,12 +1,8 @@
 """A private run from its plan to its last round: ledger, checkpoint, integers, state."""
 
-import dataclasses
-import functools
-import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +17,11 @@ from dpfl_flower.noise.rounded_gaussian import MAX_SCALE, RoundedGaussian
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.central_release import CentralRelease, NoisyMean
-from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
+from dpfl_strategies.checkpoint import RunState
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.run_files import RunFiles, let_go, plan_part, require_same_settings
 from dpfl_strategies.server_optimizers import State
-
-log = logging.getLogger("flwr.dpfl")
 
 _SEED_BYTES = 16
 _WORTH_A_RUN = 0.01
@@ -40,15 +35,17 @@ class PrivatePlan:
     ``settings`` names, as text, what may not change between the parts of a resumed run.
     """
 
-    request: PrivacyRequest
+    files: RunFiles
     clipping: ClippingPolicy
     rounding: Rounding
     max_inflation: float
     mean_weight: float
-    dataset: str
-    ledger_path: str | Path | None
-    checkpoints: CheckpointDirectory | None
     rng: RandomSource
+
+    @property
+    def request(self) -> PrivacyRequest:
+        """What the user asked for."""
+        return self.files.request
 
     def open(
         self, initial_model: Arrays, num_rounds: int, *, settings: Mapping[str, str]
@@ -61,40 +58,13 @@ class PrivatePlan:
             If a file is damaged, in use, or belongs to another run.
         """
         ArrayLayout.of(initial_model)
-        saved = None if self.checkpoints is None else self.checkpoints.load()
-        ledger = self._open_ledger()
-        try:
+
+        def start(ledger: Ledger, saved: RunState | None) -> "PrivateRun":
             if saved is None:
                 return self._begin(ledger, initial_model, num_rounds, settings)
             return self._resume(ledger, initial_model, saved, num_rounds, settings)
-        except BaseException:
-            _let_go(ledger)
-            raise
 
-    def _open_ledger(self) -> Ledger:
-        request = self.request
-        if self.ledger_path is None:
-            return self._remembered
-        return Ledger.open(
-            self.ledger_path,
-            dataset=self.dataset,
-            delta=request.delta,
-            unit=request.unit,
-            relation=request.relation,
-            budget=request.budget,
-        )
-
-    @functools.cached_property
-    def _remembered(self) -> Ledger:
-        """The ledger without a file: one for all runs of a strategy, which share its budget."""
-        request = self.request
-        return Ledger.in_memory(
-            dataset=self.dataset,
-            delta=request.delta,
-            unit=request.unit,
-            relation=request.relation,
-            budget=request.budget,
-        )
+        return self.files.opened(start)
 
     def _begin(
         self, ledger: Ledger, model: Arrays, num_rounds: int, settings: Mapping[str, str]
@@ -123,10 +93,7 @@ class PrivatePlan:
             settings={**settings, "noise_multiplier": repr(multiplier)},
         )
         part = self._plan_part(ledger, grid, state, num_rounds)
-        state = dataclasses.replace(state, ledger=ledger.position)
-        if self.checkpoints is not None:
-            self.checkpoints.save(state)
-        return PrivateRun(self, ledger, part, grid, state)
+        return PrivateRun(self, ledger, part, grid, self.files.begin(ledger, state))
 
     def _resume(
         self,
@@ -140,15 +107,8 @@ class PrivatePlan:
         current = dict(settings)
         if self.request.noise_multiplier is not None:
             current["noise_multiplier"] = repr(self.request.noise_multiplier)
-        for name, value in current.items():
-            if saved.settings.get(name) != value:
-                raise CheckpointError(
-                    f"{name}={value} must be {saved.settings.get(name)}, as when the run in the "
-                    "checkpoint began; give another checkpoint_dir to begin a new run"
-                )
-        if saved.ledger is not None:
-            ledger.require_extends(saved.ledger)
-        log.info("Resuming run %s after round %d", saved.run, saved.server_round)
+        require_same_settings(saved, current)
+        self.files.go_on(ledger, saved)
         grid = self._grid(model, _noise_multiplier(saved))
         part = self._plan_part(ledger, grid, saved, num_rounds)
         return PrivateRun(self, ledger, part, grid, saved)
@@ -156,20 +116,10 @@ class PrivatePlan:
     def _plan_part(
         self, ledger: Ledger, grid: IntegerGrid, state: RunState, num_rounds: int
     ) -> str:
-        """Write down what this part of the run is going to release; return its name.
-
-        Each part, from one start to the next crash, has a plan of its own with the run's event:
-        rounds that a crash made the run charge twice do not use up what a later part needs.
-        """
-        part = f"{state.run}/{uuid.uuid4().hex[:8]}"
+        """Write down what this part of the run is going to release; return its name."""
         draws = RoundedGaussian(grid.noise_units).total_variation if grid.noise_units else 0.0
-        ledger.plan(
-            part,
-            self.request.sampling.event(Gaussian(_noise_multiplier(state))),
-            count=max(1, num_rounds - state.server_round),
-            total_variation=draws * grid.width,
-        )
-        return part
+        event = self.request.sampling.event(Gaussian(_noise_multiplier(state)))
+        return plan_part(ledger, state, event, num_rounds, total_variation=draws * grid.width)
 
     def _grid(self, model: Arrays, multiplier: float) -> IntegerGrid:
         indicator_noise = None
@@ -298,13 +248,12 @@ class PrivateRun:
             ledger=noisy.position,
             settings=self.state.settings,
         )
-        if self._plan.checkpoints is not None:
-            self._plan.checkpoints.save(self.state)
+        self._plan.files.save(self.state)
         return self.state.model
 
     def close(self) -> None:
         """Let go of the ledger."""
-        _let_go(self.ledger)
+        let_go(self.ledger)
 
 
 def _require_worthwhile(ledger: Ledger, num_rounds: int) -> None:
@@ -330,8 +279,3 @@ def _too_little_left(ledger: Ledger, num_rounds: int) -> BudgetExhausted:
 
 def _noise_multiplier(state: RunState) -> float:
     return float(state.settings["noise_multiplier"])
-
-
-def _let_go(ledger: Ledger) -> None:
-    if ledger.durable:  # the one in memory goes on counting
-        ledger.close()

@@ -5,8 +5,6 @@ the ledger, add the noise, and hand the noisy mean to the server optimizer (DP-F
 al., arXiv 1710.06963). Clip norm and divisor are public constants or released values.
 """
 
-import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,45 +17,23 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
-from dpfl_flower.accounting import (
-    PrivacyBudget,
-    PrivacyStatement,
-    PrivacyUnit,
-    Relation,
-    Sampling,
-)
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting import PrivacyBudget, PrivacyStatement, PrivacyUnit, Relation, Sampling
 from dpfl_flower.clipping import ClippingPolicy
 from dpfl_flower.federated_dropout import FederatedDropout
 from dpfl_flower.quantize import Rounding
 from dpfl_flower.rng import SeededRandom, secure
 from dpfl_flower.secagg import SecureAggregation
-from dpfl_strategies.checkpoint import CheckpointDirectory
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
-from dpfl_strategies.gathering import Asked, Gathering, NodesAreUnits, UnitsInsideNodes
-from dpfl_strategies.messages import from_record, to_messages, to_record
+from dpfl_strategies.messages import to_messages, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
-from dpfl_strategies.private_run import PrivatePlan, PrivateRun
-from dpfl_strategies.registry import Registry
+from dpfl_strategies.private_arguments import check_arguments, gathering_for, model_of, rounding_for
+from dpfl_strategies.private_rounds import PrivateRounds
+from dpfl_strategies.private_run import PrivatePlan
 from dpfl_strategies.result import PrivateResult, Stopped
-from dpfl_strategies.round_loop import (
-    AllClientsFailed,
-    EvaluateFn,
-    FailureWatch,
-    LoopHooks,
-    hand_over,
-    log_result,
-    run_rounds,
-)
-from dpfl_strategies.secure_gathering import SecureGathering
+from dpfl_strategies.round_loop import EvaluateFn, LoopHooks, completed, hand_over, run_rounds
+from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
-
-log = logging.getLogger("flwr.dpfl")
-
-# Above this cohort, nearest rounding could lose more than 1 % of the noise's scale in each
-# coordinate to a common bias (cohort / 2 grid units against 2**14); a public dither has none.
-_DITHER_ABOVE: Final = 256
 
 
 class PrivateStrategy(Strategy, ABC):
@@ -195,21 +171,16 @@ class PrivateStrategy(Strategy, ABC):
             unit=unit,
             relation=relation,
         )
-        none = type(None)
-        checks.instance(ClippingPolicy, clipping=clipping)
-        checks.instance(ServerOptimizer, none, server_optimizer=server_optimizer)
-        checks.instance(Weighting, none, weighting=weighting)
-        checks.instance(str, Path, none, ledger=ledger, checkpoint_dir=checkpoint_dir)
-        checks.name(dataset=dataset)
-        if give_up_after is not None:
-            checks.positive_int(give_up_after=give_up_after)
-        if noise_seed is not None:
-            checks.non_negative_int(noise_seed=noise_seed)
-        if noise_seed is not None and (ledger is not None or checkpoint_dir is not None):
-            raise ValueError(
-                f"noise_seed={noise_seed!r} must be None with a ledger or a checkpoint_dir: seeded "
-                "noise protects nobody, so nothing it releases may be recorded as private"
-            )
+        check_arguments(
+            clipping=clipping,
+            server_optimizer=server_optimizer,
+            weighting=weighting,
+            ledger=ledger,
+            dataset=dataset,
+            checkpoint_dir=checkpoint_dir,
+            give_up_after=give_up_after,
+            noise_seed=noise_seed,
+        )
         self._gate = MetricsGate(
             metrics,
             fraction_evaluate=fraction_evaluate,
@@ -219,72 +190,32 @@ class PrivateStrategy(Strategy, ABC):
         self.weighting = weighting or UniformWeighting()
         self.server_optimizer = server_optimizer or FedAvg()
         self.optimizer_state: State = {}
-        self._wait_seconds = wait_seconds
-        self._give_up_after = give_up_after
-        self._failures = FailureWatch(give_up_after)
-        large = sampling.expected_cohort > _DITHER_ABOVE
         checks.at_least(1, max_inflation=max_inflation)
-        if ledger is None and checkpoint_dir is not None:
-            ledger = Path(checkpoint_dir) / "ledger.jsonl"
         self._plan = PrivatePlan(
-            request=request,
-            clipping=clipping,
-            rounding=checks.choice(
-                Rounding, rounding=rounding or (Rounding.DITHERED if large else Rounding.NEAREST)
+            files=RunFiles.of(
+                request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
             ),
+            clipping=clipping,
+            rounding=rounding_for(rounding, sampling),
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
-            dataset=dataset,
-            ledger_path=ledger,
-            checkpoints=None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir),
             rng=secure() if noise_seed is None else SeededRandom(noise_seed),
         )
-        self._gathering: Gathering
-        if num_nodes is None:
-            if request.unit is not PrivacyUnit.NODE:
-                raise ValueError(
-                    f"unit={str(request.unit)!r} must be 'node' without num_nodes: a record more "
-                    "or less in a node changes its whole update, which moves the sum by up to two "
-                    "clip norms. Give num_nodes where nodes bound each of their units themselves; "
-                    "or unit='node' and relation='replace-one', which covers whatever changes "
-                    "inside a node"
-                )
-            self._gathering = NodesAreUnits(
-                sampling,
-                rng=self._plan.rng,
-                weigh=self.weigh,
-                federated_dropout=federated_dropout,
-            )
-        else:
-            if federated_dropout is not None:
-                raise ValueError(
-                    f"federated_dropout={federated_dropout!r} must be None with num_nodes="
-                    f"{num_nodes}: the units of a node train one model"
-                )
-            self._gathering = UnitsInsideNodes(sampling, num_nodes=num_nodes, unit=request.unit)
-            if not isinstance(self.weighting, UniformWeighting):
-                raise ValueError(
-                    f"weighting={self.weighting!r} must be uniform with num_nodes={num_nodes}: "
-                    "how many records a unit has stays in its node"
-                )
         self._federated_dropout = federated_dropout
-        if secure_aggregation is not None:
-            if federated_dropout is not None:
-                raise ValueError(
-                    f"federated_dropout={federated_dropout!r} must be None with "
-                    "secure_aggregation: masked vectors are all of one length"
-                )
-            self._gathering = SecureGathering(
-                self._gathering,
-                secure_aggregation,
-                request=request,
-                weighting=self.weighting if self.weighs_by_weighting else None,
-            )
-        self._registry = self._new_registry()
-        self._run: PrivateRun | None = None
-        self._asked: Asked | None = None
+        self._gathering = gathering_for(
+            request,
+            rng=self._plan.rng,
+            weigh=self.weigh,
+            weighting=self.weighting,
+            weighs_by_weighting=self.weighs_by_weighting,
+            num_nodes=num_nodes,
+            federated_dropout=federated_dropout,
+            secure_aggregation=secure_aggregation,
+        )
+        self._rounds = PrivateRounds(
+            self._plan, self._gathering, wait_seconds=wait_seconds, give_up_after=give_up_after
+        )
         self._evaluating: frozenset[int] = frozenset()
-        self._signal_to_noise: dict[int, float] = {}
 
     # --- named points to subclass ---------------------------------------------------------------
 
@@ -353,39 +284,30 @@ class PrivateStrategy(Strategy, ABC):
         checks.positive_int(num_rounds=num_rounds)
         self._gathering.stage_seconds = timeout
         arrays = self.prepare(initial_arrays, num_rounds)
-        assert self._run is not None
-        result = PrivateResult(signal_to_noise=self._signal_to_noise)
+        run, report = self._rounds.running(), self._rounds.report
+        result = PrivateResult(signal_to_noise=report.signal_to_noise)
         try:
             self.summary()
-            run_rounds(
-                self,
-                LoopHooks(
-                    failures=self._failures,
-                    stop_reason=self._stop_reason,
-                    progress=lambda server_round: self._progress(server_round, num_rounds),
-                    proceed=self.continue_train,
-                ),
-                result,
-                grid=grid,
-                arrays=arrays,
-                first_round=self._run.state.server_round + 1,
-                num_rounds=num_rounds,
-                timeout=timeout,
-                train_config=train_config,
-                evaluate_config=evaluate_config,
-                evaluate_fn=evaluate_fn,
-            )
-            self._complete(result, grid)
-            log_result(result)
+            with completed(result, lambda: self._complete(result, grid)):
+                run_rounds(
+                    self,
+                    LoopHooks(
+                        failures=self._rounds.failures,
+                        stop_reason=lambda: None if run.affordable else Stopped.BUDGET_SPENT,
+                        progress=lambda done: report.progress(run, done, num_rounds),
+                        proceed=self.continue_train,
+                    ),
+                    result,
+                    grid=grid,
+                    arrays=arrays,
+                    first_round=run.state.server_round + 1,
+                    num_rounds=num_rounds,
+                    timeout=timeout,
+                    train_config=train_config,
+                    evaluate_config=evaluate_config,
+                    evaluate_fn=evaluate_fn,
+                )
             return result
-        except AllClientsFailed as failed:
-            # The round in which the run gave up was charged and released like any other.
-            result.arrays = to_record(self._run.state.model)
-            result.rounds = self._run.state.server_round
-            result.stopped = Stopped.ALL_CLIENTS_FAILED
-            failed.result = result
-            self._complete(result, grid)
-            raise
         finally:
             self.close()
 
@@ -395,49 +317,23 @@ class PrivateStrategy(Strategy, ABC):
 
         ``start`` calls it. Call it yourself only for a loop of your own, and ``close`` after.
         """
-        if self._run is not None:
-            raise RuntimeError("this strategy is already running; close() it first")
-        self._failures = FailureWatch(self._give_up_after)
-        self._registry = self._new_registry()
-        model = from_record(initial_arrays)
-        if self._federated_dropout is not None:
-            self._federated_dropout.check(model)
-        for name, array in model.items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"initial_arrays[{name!r}] must be finite numbers")
-        self._run = self._plan.open(model, num_rounds, settings=self.settings())
-        self._signal_to_noise = {}
-        try:
-            self._gathering.prepare(self._run)
-        except BaseException:
-            self.close()
-            raise
-        self.optimizer_state = dict(self._run.state.optimizer_state)
-        return to_record(self._run.state.model)
+        run = self._rounds.begin(
+            lambda: model_of(initial_arrays, self._federated_dropout), num_rounds, self.settings
+        )
+        self.optimizer_state = dict(run.state.optimizer_state)
+        return to_record(run.state.model)
 
     @final
     def close(self) -> None:
         """Let go of the ledger; a strategy may be started again afterwards."""
-        if self._run is not None:
-            self._run.close()
-        self._run = self._asked = None
+        self._rounds.close()
 
     @final
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw a fresh cohort and return one message for each of its nodes (maybe none)."""
-        run = self._running()
-        if self._asked is not None:
-            raise RuntimeError(
-                f"round {self._asked.server_round} waits for its replies: its cohort is not drawn "
-                "again; aggregate what came, which may be nothing"
-            )
-        reference = from_record(arrays)
-        run.layout.check(reference)
-        registry = self._registry.node_ids(grid)
-        self._asked = self._gathering.ask(run, server_round, registry, reference)
-        return self._gathering.messages(self._asked, arrays=arrays, config=config, grid=grid)
+        return self._rounds.ask(server_round, arrays, config, grid)
 
     @final
     def continue_train(
@@ -449,7 +345,7 @@ class PrivateStrategy(Strategy, ABC):
         own, send what it returns and call it again with the replies, until it returns None; then
         hand the last replies to ``aggregate_train``.
         """
-        return self._gathering.proceed(self._open(server_round), replies)
+        return self._rounds.proceed(server_round, replies)
 
     @final
     def aggregate_train(
@@ -466,34 +362,18 @@ class PrivateStrategy(Strategy, ABC):
         BudgetExhausted
             If the budget does not allow the release; nothing is charged or released.
         """
-        run, asked = self._running(), self._open(server_round)
-        self._asked = None
-        gathered = self._gathering.gather(run, asked, replies)
-        if gathered is None:
-            self._failures.record(asked=max(1, len(asked.nodes)), answered=0)
+        aggregated = self._rounds.aggregate(server_round, replies, self._step)
+        if aggregated is None:
             return None, None
-        noisy = run.charge_and_release(gathered.total, server_round)
-        self._signal_to_noise[server_round] = noisy.signal_to_noise
-        model = run.layout.flatten(asked.reference)
-        released = run.commit(
-            server_round,
-            noisy,
-            model=self.apply_noisy_mean(
-                model, self._gathering.unbiased(noisy.update, run.layout), server_round
-            ),
-            template=asked.reference,
-            optimizer_state=self.optimizer_state,
-        )
-        # After the charge, so that giving up is no release that the ledger does not know of.
-        self._failures.record(asked=len(asked.nodes), answered=gathered.answered)
-        return to_record(released), self._gate.of_training(gathered.contents)
+        released, contents = aggregated
+        return to_record(released), self._gate.of_training(contents)
 
     @final
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes to evaluate, only where their metrics are let through as not private."""
-        nodes = self._gate.evaluators(self._registry.node_ids(grid))
+        nodes = self._gate.evaluators(self._rounds.registry.node_ids(grid))
         self._evaluating = frozenset(nodes)
         return to_messages(
             nodes, MessageType.EVALUATE, server_round=server_round, arrays=arrays, config=config
@@ -511,74 +391,40 @@ class PrivateStrategy(Strategy, ABC):
     @property
     def clip_norm(self) -> float:
         """The clip norm of the next round, a released value."""
-        return self._plan.clipping.initial_clip_norm if self._run is None else self._run.clip_norm
+        run = self._rounds.run
+        return self._plan.clipping.initial_clip_norm if run is None else run.clip_norm
 
     @property
     def noise_multiplier(self) -> float | None:
         """The noise multiplier that the ledger charges, None until the plan is fixed."""
-        return None if self._run is None else self._run.noise_multiplier
+        run = self._rounds.run
+        return None if run is None else run.noise_multiplier
 
     def privacy_spent(self) -> PrivacyStatement | None:
         """Return what the data set has spent; None where the noise was seeded.
 
         Only while the strategy runs; afterwards it is ``result.privacy``.
         """
-        return self._running().ledger.spent() if self._plan.rng.protects else None
+        return self._rounds.running().ledger.spent() if self._plan.rng.protects else None
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        request = self._plan.request
-        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
-        log.info("\t├──> Sampling: %s", request.sampling)
-        log.info("\t├──> Clipping: %s", self._plan.clipping)
-        log.info("\t├──> Trust: %s", self._gathering.trust)
-        if self._run is not None:
-            log.info("\t├──> Noise multiplier: %.4f", self._run.noise_multiplier)
-        if not self._plan.rng.protects:
-            log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
-        if self._gate.open:
-            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
-        budget = request.budget if self._run is None else self._run.ledger.budget
-        log.info("\t└──> Budget: %s", budget or "none")
+        self._rounds.report.summary(self._rounds.run, self._gathering, metrics=self._gate.open)
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _new_registry(self) -> Registry:
-        return Registry(self._gathering.num_nodes, wait_seconds=self._wait_seconds)
-
-    def _open(self, server_round: int) -> Asked:
-        asked = self._asked
-        if asked is None or asked.server_round != server_round:
-            raise RuntimeError(
-                f"round {server_round} has no open cohort: each round is configured, then "
-                "aggregated, once"
-            )
-        return asked
-
-    def _running(self) -> PrivateRun:
-        if self._run is None:
-            raise RuntimeError("the strategy has no plan yet: call start(), or prepare() first")
-        return self._run
-
-    def _stop_reason(self) -> Stopped | None:
-        return None if self._running().affordable else Stopped.BUDGET_SPENT
+    def _step(
+        self, model: NDArray[np.float64], mean_update: NDArray[np.float64], server_round: int
+    ) -> tuple[NDArray[np.float64], State]:
+        stepped = self.apply_noisy_mean(model, mean_update, server_round)
+        return stepped, self.optimizer_state
 
     def _complete(self, result: PrivateResult, grid: Grid) -> None:
         """Say what it cost, and leave the last released model where the run's files go."""
+        if result.stopped is Stopped.ALL_CLIENTS_FAILED:
+            # The round in which the run gave up was charged and released like any other.
+            state = self._rounds.running().state
+            result.arrays, result.rounds = to_record(state.model), state.server_round
         result.privacy = self.privacy_spent()
         result.metrics_not_covered = self._gate.open
         hand_over(result, grid)
-
-    def _progress(self, server_round: int, num_rounds: int) -> str:
-        signal = self._signal_to_noise.get(server_round, math.inf)
-        return f"{self._spent(server_round, num_rounds)}, signal-to-noise {signal:.2g}"
-
-    def _spent(self, server_round: int, num_rounds: int) -> str:
-        if not self._plan.rng.protects:
-            return "no epsilon: the noise is seeded"
-        every = max(1, num_rounds // 10)
-        if server_round % every and server_round != num_rounds:
-            return f"{server_round} releases charged"
-        budget = self._plan.request.budget
-        spent = f"epsilon {rounded_up(self._running().ledger.epsilon())}"
-        return spent if budget is None else f"{spent} of {budget.epsilon:g}"

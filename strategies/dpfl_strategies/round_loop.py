@@ -3,7 +3,8 @@
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -165,6 +166,23 @@ def run_rounds(
 def _keep(kept: dict[int, MetricRecord], server_round: int, metrics: MetricRecord | None) -> None:
     if metrics is not None:
         kept[server_round] = metrics
+
+
+@contextmanager
+def completed(result: PrivateResult, complete: Callable[[], None]) -> Iterator[None]:
+    """Complete and log the result of the run inside, also of one in which everybody failed.
+
+    ``complete`` is called when ``result.stopped`` is known; AllClientsFailed carries the result.
+    """
+    try:
+        yield
+    except AllClientsFailed as failed:
+        result.stopped = Stopped.ALL_CLIENTS_FAILED
+        failed.result = result
+        complete()
+        raise
+    complete()
+    log_result(result)
 
 
 def hand_over(result: PrivateResult, grid: Grid) -> None:

@@ -25,14 +25,13 @@ from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.replies import accepted, parse_train
-from dpfl_strategies.result import PrivateResult, Stopped
+from dpfl_strategies.result import PrivateResult
 from dpfl_strategies.round_loop import (
-    AllClientsFailed,
     EvaluateFn,
     FailureWatch,
     LoopHooks,
+    completed,
     hand_over,
-    log_result,
     run_rounds,
 )
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
@@ -132,7 +131,7 @@ class SampleLevelFedAvg(Strategy):
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
         result = PrivateResult()
-        try:
+        with completed(result, lambda: self._complete(result, grid)):
             run_rounds(
                 self,
                 LoopHooks(self._failures, stop_reason=lambda: None, progress=self._progress),
@@ -146,13 +145,6 @@ class SampleLevelFedAvg(Strategy):
                 evaluate_config=evaluate_config,
                 evaluate_fn=evaluate_fn,
             )
-        except AllClientsFailed as failed:
-            result.stopped = Stopped.ALL_CLIENTS_FAILED
-            failed.result = result
-            self._complete(result, grid)
-            raise
-        self._complete(result, grid)
-        log_result(result)
         return result
 
     def configure_train(

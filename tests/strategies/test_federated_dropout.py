@@ -79,7 +79,7 @@ def test_dropped_entries_and_other_nodes_are_not_moved_by_what_a_node_answers():
     grid = RecordingGrid(hostile, NODES)
     messages = list(subject.configure_train(1, model(), ConfigRecord(), grid))
     replies = grid.send_and_receive(messages)
-    run, asked = subject._running(), subject._asked
+    run, asked = subject._rounds.running(), subject._rounds.asked
     everyone = subject._gathering.gather(run, asked, replies).total
     for one, message in enumerate(messages):
         others = subject._gathering.gather(run, asked, replies[:one] + replies[one + 1 :]).total

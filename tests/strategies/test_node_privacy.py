@@ -68,6 +68,19 @@ def test_what_events_do_not_explain_composes_by_adding_epsilons_and_deltas():
     assert both.delta == 2e-4
 
 
+@pytest.mark.parametrize("worst_delta", [1e-6, 1e-3])
+def test_the_first_figure_is_said_at_the_largest_delta_of_all_claims(worst_delta):
+    # An epsilon at delta 1e-6 holds at 1e-3 too; one at 1e-3 does not hold at 1e-6, so that the
+    # smaller delta, be it the worst node's or another's, would say too much.
+    quiet_delta = 1e-3 if worst_delta == 1e-6 else 1e-6
+    worst = NodeClaim.from_record(claim_record(events="[]", epsilon=4.0, delta=worst_delta))
+    quiet = NodeClaim.from_record(claim_record(events="[]", epsilon=1.0, delta=quiet_delta))
+    for claims in ({1: worst, 2: quiet}, {1: quiet, 2: worst}):
+        report = NodePrivacyReport(claims)
+        assert report.worst is worst
+        assert str(report).startswith("at most epsilon 4 at delta 0.001 for each example ")
+
+
 def test_a_claim_without_a_file_composes_with_what_came_before_a_restart():
     first = NodeClaim.from_record(claim_record(events="[]", epsilon=3.0, durable=False))
     second = NodeClaim.from_record(claim_record(events="[]", epsilon=2.0, durable=False))

@@ -19,31 +19,35 @@ import pytest
 from flwr.app import ArrayRecord
 
 from dpfl_flower.accounting import (
-    Composed,
     EveryoneSampling,
-    Gaussian,
     LedgerError,
     PrivacyBudget,
-    Relation,
-    epsilon,
 )
 from dpfl_strategies import CheckpointError, PrivateStrategy
-from tests.support.contracts.strategy import StrategySubject, quiet
+from tests.support.contracts.strategy import DELTA, StrategySubject, quiet, run_until
 from tests.support.forked import fork_and_wait, run_forked
 from tests.support.kill_points import KillPoints
 from tests.support.recording_grid import RecordingGrid, adding, record
 
 NODES = 3
 ROUNDS = 3
+DIMENSION = 8
 KILLS = 50
-DELTA = 1e-5
 SEED_VARIABLE = "DPFL_KILL_SEED"
 
 _fsync = os.fsync  # the releases are noted by calls that do not count as the run's own
 
 
 class ChargeBeforeRelease(StrategySubject):
-    """Never more distinct models out than charges in, and a ledger that lost charges is refused."""
+    """Never more distinct models out than charges in, and a ledger that lost charges is refused.
+
+    Attributes
+    ----------
+    kills : int
+        How many runs are killed, each at another moment.
+    """
+
+    kills = KILLS
 
     def test_killed_at_any_moment_never_more_models_are_out_than_charged(self, tmp_path):
         seed = int(os.environ.get(SEED_VARIABLE) or secrets.randbelow(10**6))
@@ -119,8 +123,13 @@ class ChargeBeforeRelease(StrategySubject):
 
     def _run(self, directory: Path, rounds: int) -> None:
         with quiet():
-            strategy = contract_strategy(self, directory / "run")
-            strategy.start(_grid(directory), start_arrays(), num_rounds=rounds)
+            run_until(
+                contract_strategy(self, directory / "run"),
+                _grid(directory),
+                start_arrays(),
+                rounds=rounds,
+                planned=self.planned_rounds(rounds),
+            )
 
 
 def contract_strategy(
@@ -148,7 +157,7 @@ def start_arrays() -> ArrayRecord:
 
 
 def kill_and_resume(subject: type[StrategySubject], directory: Path, seed: int) -> None:
-    """Kill `KILLS` runs, each at another moment, some twice, and resume each to its end."""
+    """Kill ``kills`` runs, each at another moment, some twice, and resume each to its end."""
     coins = random.Random(seed)
     whole = directory / "whole"
     fork_and_wait(run_until_killed, subject, whole, 0)
@@ -156,7 +165,7 @@ def kill_and_resume(subject: type[StrategySubject], directory: Path, seed: int) 
     assert moments > 20 * ROUNDS, "the kill points do not see the run's writes"
     require_paid(whole)
     assert len(distinct_models(whole)) == ROUNDS
-    for stop in coins.sample(range(1, moments + 1), KILLS):
+    for stop in coins.sample(range(1, moments + 1), subject.kills):
         again = coins.choice([0, 0, coins.randint(1, moments)])
         note = f"{SEED_VARIABLE}={seed}, killed at {stop}, then {again or 'not'}, of {moments}"
         run = directory / f"killed-at-{stop}"
@@ -179,9 +188,7 @@ def kill_and_resume(subject: type[StrategySubject], directory: Path, seed: int) 
 def kill_under_a_budget(subject: type[StrategySubject], directory: Path) -> None:
     """Kill one run so often that its budget cannot pay for all of its rounds."""
     releases_paid = ROUNDS + 1
-    events = [Composed(Gaussian(1.0), releases_paid)]
-    spent = epsilon(events, delta=DELTA, relation=Relation.ADD_OR_REMOVE_ONE)
-    budget = PrivacyBudget(epsilon=spent * 1.0001, delta=DELTA)
+    budget = subject().budget_for(releases_paid, nodes=NODES, dimension=DIMENSION)
     kills = 0
     for at in range(60, 140, 7):
         kills += fork_and_wait(run_until_killed, subject, directory, at, budget) != 0

@@ -18,7 +18,7 @@ from dpfl_flower.accounting import EveryoneSampling
 from dpfl_strategies import PrivateStrategy
 from tests.support.contracts import statistics
 from tests.support.contracts.seeds import reseed
-from tests.support.contracts.strategy import StrategySubject, flat, quiet
+from tests.support.contracts.strategy import StrategySubject, flat, quiet, run_until
 from tests.support.forked import fork_and_wait, run_forked
 from tests.support.recording_grid import RecordingGrid, adding, record
 
@@ -79,7 +79,8 @@ class FreshNoise(StrategySubject):
         statistics.require_uncorrelated(samples)
 
     def test_two_runs_resumed_from_one_checkpoint_draw_their_own_noise(self, tmp_path):
-        self.noise(noise_multiplier=1.0, rounds=1, dimension=WIDE, checkpoint_dir=tmp_path / "a")
+        one = {"noise_multiplier": 1.0, "rounds": 1, "dimension": WIDE}
+        self.noise(**one, planned=2, checkpoint_dir=tmp_path / "a")
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         resumed = [
             self.noise(noise_multiplier=1.0, rounds=2, dimension=WIDE, checkpoint_dir=tmp_path / d)
@@ -91,20 +92,34 @@ class FreshNoise(StrategySubject):
     # --- inside -------------------------------------------------------------------------------
 
     def noise(
-        self, *, noise_multiplier: float, rounds: int, dimension: int, **settings
+        self,
+        *,
+        noise_multiplier: float,
+        rounds: int,
+        dimension: int,
+        planned: int | None = None,
+        **settings,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return what each round added to the model, and all clip norms, one more."""
         settings = self.everyone(noise_multiplier=noise_multiplier, **settings)
-        return self.noise_of(self.strategy(**settings), rounds, dimension)
+        return self.noise_of(self.strategy(**settings), rounds, dimension, planned=planned)
 
     def everyone(self, **settings: Any) -> dict[str, Any]:
         """Return the settings of a strategy that asks every node, and these."""
         return {"sampling": EveryoneSampling(NODES), "wait_seconds": 0.0, **settings}
 
     def noise_of(
-        self, strategy: PrivateStrategy, rounds: int, dimension: int
+        self,
+        strategy: PrivateStrategy,
+        rounds: int,
+        dimension: int,
+        *,
+        planned: int | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return what each round of ``strategy`` added to the model, and all clip norms."""
+        """Return what each round of ``strategy`` added to the model, and all clip norms.
+
+        Of ``planned`` rounds the first ``rounds`` are run, all by default.
+        """
         models, clip_norms = [], []
 
         def look(_: int, arrays: ArrayRecord) -> None:
@@ -114,7 +129,14 @@ class FreshNoise(StrategySubject):
 
         reseed()
         with quiet():
-            strategy.start(ReseedingGrid(), start_arrays(dimension), rounds, evaluate_fn=look)
+            run_until(
+                strategy,
+                ReseedingGrid(),
+                start_arrays(dimension),
+                rounds=rounds,
+                planned=planned or rounds,
+                evaluate_fn=look,
+            )
         return np.diff(models, axis=0), np.array(clip_norms)
 
 

@@ -3,18 +3,22 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from dpfl_flower.accounting import Composed, Gaussian, PrivacyBudget, Relation, epsilon
 from dpfl_flower.noise import RoundedGaussian
 from dpfl_strategies import PrivateStrategy
 
 Noise = Callable[[int], NDArray[np.int64]]
+
+DELTA = 1e-5
 
 
 class StrategySubject(ABC):
@@ -41,6 +45,17 @@ class StrategySubject(ABC):
         del expected_cohort
         return noise_multiplier
 
+    def planned_rounds(self, rounds: int) -> int:
+        """Return how many rounds a run is planned for that first stops after so many."""
+        return rounds
+
+    def budget_for(self, releases: int, *, nodes: int, dimension: int) -> PrivacyBudget:
+        """Return what so many releases cost at noise multiplier 1, and a hair more."""
+        del nodes, dimension
+        events = [Composed(Gaussian(1.0), releases)]
+        spent = epsilon(events, delta=DELTA, relation=Relation.ADD_OR_REMOVE_ONE)
+        return PrivacyBudget(epsilon=spent * 1.0001, delta=DELTA)
+
     def released_state(self, strategy: PrivateStrategy, arrays: ArrayRecord) -> NDArray[np.float64]:
         """Return all that a round released, each entry linear in one noisy integer or constant."""
         # Adaptive clipping: log C moves by the noisy fraction times a constant.
@@ -65,6 +80,26 @@ def flat(arrays: ArrayRecord) -> NDArray[np.float64]:
     """Return all floating entries of a record as one float64 vector."""
     found = (array.numpy() for array in arrays.values())
     return np.concatenate([a.ravel().astype(np.float64) for a in found if a.dtype.kind == "f"])
+
+
+class Enough(Exception):
+    """Ends a run after the rounds that a contract wants of it, as a crash would."""
+
+
+def run_until(
+    strategy: PrivateStrategy, grid: Grid, arrays: ArrayRecord, *, rounds: int, planned: int, **more
+) -> None:
+    """Run a strategy that is planned for ``planned`` rounds, and let it crash after ``rounds``."""
+    look = more.pop("evaluate_fn", None)
+
+    def stop(server_round: int, released: ArrayRecord) -> None:
+        if look is not None:
+            look(server_round, released)
+        if rounds < planned and server_round >= rounds:
+            raise Enough
+
+    with suppress(Enough):
+        strategy.start(grid, arrays, num_rounds=planned, evaluate_fn=stop, **more)
 
 
 @contextmanager

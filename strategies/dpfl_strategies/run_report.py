@@ -1,0 +1,59 @@
+"""What the operator of a private run reads while it goes on."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+from dpfl_flower.accounting.statement import rounded_up
+from dpfl_strategies.gathering import Gathering
+from dpfl_strategies.private_run import PrivatePlan, PrivateRun
+
+__all__ = ["RunReport"]
+
+log = logging.getLogger("flwr.dpfl")
+
+
+@dataclass
+class RunReport:
+    """Log lines about a run: what will be done, and what has been spent so far.
+
+    Attributes
+    ----------
+    plan : PrivatePlan
+    signal_to_noise : dict of int to float
+        By round: a released value over the noise in it.
+    """
+
+    plan: PrivatePlan
+    signal_to_noise: dict[int, float] = field(default_factory=dict)
+
+    def summary(self, run: PrivateRun | None, gathering: Gathering, *, metrics: bool) -> None:
+        """Log what will be done; ``metrics`` tells whether client metrics are let through."""
+        request = self.plan.request
+        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
+        log.info("\t├──> Sampling: %s", request.sampling)
+        log.info("\t├──> Clipping: %s", self.plan.clipping)
+        log.info("\t├──> Trust: %s", gathering.trust)
+        if run is not None:
+            log.info("\t├──> Noise multiplier: %.4f", run.noise_multiplier)
+        if not self.plan.rng.protects:
+            log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
+        if metrics:
+            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
+        budget = request.budget if run is None else run.ledger.budget
+        log.info("\t└──> Budget: %s", budget or "none")
+
+    def progress(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
+        """Return a few words on what was spent and what came of it."""
+        signal = self.signal_to_noise.get(server_round, math.inf)
+        return f"{self._spent(run, server_round, num_rounds)}, signal-to-noise {signal:.2g}"
+
+    def _spent(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
+        if not self.plan.rng.protects:
+            return "no epsilon: the noise is seeded"
+        every = max(1, num_rounds // 10)
+        if server_round % every and server_round != num_rounds:
+            return f"{server_round} releases charged"
+        budget = self.plan.request.budget
+        spent = f"epsilon {rounded_up(run.ledger.epsilon())}"
+        return spent if budget is None else f"{spent} of {budget.epsilon:g}"
