@@ -86,7 +86,7 @@ def ckks_mod(message: Message, context: Context, call_next: ClientAppCallable) -
         return _answer(message, context, call_next)
     except Refused as refused:
         return answer(as_node_error(refused), reply_to=message)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
         return answer(error, reply_to=message)
 
 

@@ -117,6 +117,18 @@ def answer(error: BaseException, *, reply_to: Message) -> Message:
     return Message(code.to_error(), reply_to=reply_to)
 
 
+def app_failed(code: int) -> NodeError:
+    """Return the error for an app that answered error ``code``: its own code, where that is ours.
+
+    Nothing else of what it answered leaves: the reason is the app's own text.
+    """
+    known = {int(one) for one in NodeErrorCode}
+    return NodeError(
+        NodeErrorCode(code) if code in known else NodeErrorCode.CLIENT_FAILED,
+        f"the app answered error code {code}",
+    )
+
+
 def guarded(function: ClientAppCallable) -> ClientAppCallable:
     """Let nothing of an exception leave the node.
 

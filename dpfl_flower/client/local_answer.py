@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, epsilon
 from dpfl_flower.client.awaiting import awaiting_noise
-from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
+from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer, app_failed
 from dpfl_flower.client.local_noise import LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.node_ledger import NodeLedger, claim
@@ -138,7 +138,7 @@ def local_noise_mod(
             plan = _planned(noise, message.content)
             policy.check(plan.noise)
             return _answer(plan, ledger, policy.node, message, context, call_next)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
             return answer(error, reply_to=message)
 
     return mod
@@ -201,7 +201,7 @@ def _answer(
         with awaiting_noise(request):
             reply = call_next(message, context)
     if reply.has_error():
-        return reply
+        raise app_failed(reply.error.code)
     try:
         if noise.unit is PrivacyUnit.NODE:
             arrays = answered_arrays(reply.content)

@@ -26,7 +26,7 @@ from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, epsilon
 from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.contribution import masks_follow
 from dpfl_flower.client.distributed_request import DistributedRequest
-from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
+from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer, app_failed
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout
@@ -251,7 +251,7 @@ def noise_share_mod(
                 policy=SharePolicy.from_node_config(context.node_config),
             )
             return _answer(share, message, context, call_next)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
             return answer(error, reply_to=message)
 
     return mod
@@ -283,7 +283,7 @@ def _answer(
     with awaiting_noise(request):
         reply = call_next(message, context)
     if reply.has_error():
-        return reply
+        raise app_failed(reply.error.code)
     try:
         if request.sampling_rate is None:
             total = _own_update(request, inner, reply.content)

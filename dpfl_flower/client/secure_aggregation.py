@@ -68,7 +68,7 @@ def secure_aggregation_mod(
         return _answer(message, context, call_next)
     except Refused as refused:
         return answer(as_node_error(refused), reply_to=message)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
         return answer(error, reply_to=message)
 
 

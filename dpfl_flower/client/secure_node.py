@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import records
 from dpfl_flower.client.contribution import Contribution
-from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.client.errors import NodeError, NodeErrorCode, app_failed
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
 
@@ -66,12 +66,7 @@ def contributed(
     message.content = contribution.task
     answered = call_next(message, context)
     if answered.has_error():
-        known = {int(code) for code in NodeErrorCode}
-        code = answered.error.code
-        raise NodeError(
-            NodeErrorCode(code) if code in known else NodeErrorCode.CLIENT_FAILED,
-            f"the app answered error code {code}",
-        )
+        raise app_failed(answered.error.code)
     vector = contribution.vector(answered.content)
     if vector.shape != (width,):
         raise NodeError(
