@@ -26,6 +26,8 @@ from dpfl_flower.checks import non_negative, positive, positive_int, probability
 __all__ = ["ShuffledStatement", "shuffled_epsilon", "shuffled_gaussian_epsilon"]
 
 _CANDIDATES: Final = 400
+_FOR_SAMPLERS: Final = 2.0**-20
+"""The part of delta that is set aside for samplers where nothing is amplified."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def shuffled_epsilon(
 
         epsilon = log(1 + (e^e0 - 1) / (e^e0 + 1) (8 sqrt(e^e0 log(4 / delta) / n) + 8 e^e0 / n))
 
-    Elsewhere, and where that is larger, the local epsilon itself. Rounds compose in the plainest
-    way, with an equal part of delta each.
+    Elsewhere, and where that is larger, the local epsilon itself; infinite where delta does not
+    cover even that report's ``total_variation``. Rounds compose in the plainest way, with an equal
+    part of delta each.
 
     Parameters
     ----------
@@ -89,7 +92,11 @@ def shuffled_epsilon(
     amplified = _amplified(
         local_epsilon, reports, delta / rounds, distance=reports * total_variation
     )
-    return rounds * min(local_epsilon, amplified)
+    # Without a shuffler only the node's own report counts: the others are the same on either side.
+    alone = (
+        local_epsilon if _covered(local_epsilon, total_variation, by=delta / rounds) else math.inf
+    )
+    return rounds * min(alone, amplified)
 
 
 def shuffled_gaussian_epsilon(
@@ -145,14 +152,25 @@ def shuffled_gaussian_epsilon(
         distance = local_delta * (1 + 2 * reports * math.exp(-local))
         distance += reports * total_variation
         best = min(best, _amplified(local, reports, each, distance=distance))
-    # Rounds compose exactly without a shuffler.
-    return min(rounds * best, gaussian_epsilon(math.sqrt(rounds) * mu, delta))
+    # Rounds compose exactly without a shuffler, and only the node's own reports count.
+    aside = delta * _FOR_SAMPLERS if total_variation else 0.0
+    alone = gaussian_epsilon(math.sqrt(rounds) * mu, delta - aside)
+    if not _covered(alone, rounds * total_variation, by=aside):
+        alone = math.inf
+    return min(rounds * best, alone)
 
 
 def _check(reports: int, delta: float, rounds: int, total_variation: float) -> None:
     positive_int(reports=reports, rounds=rounds)
     probability(delta=delta)
     non_negative(total_variation=total_variation)
+
+
+def _covered(epsilon: float, distance: float, *, by: float) -> bool:
+    """Whether ``by`` pays for laws that are so far from those which epsilon holds for."""
+    return not distance or math.log1p(math.exp(-epsilon)) + epsilon + math.log(distance) <= (
+        math.log(by)
+    )
 
 
 def _most_local_epsilon(reports: int, delta: float) -> float:
@@ -170,4 +188,4 @@ def _amplified(local_epsilon: float, reports: int, delta: float, *, distance: fl
     growth = math.exp(local_epsilon)
     clones = 8 * math.sqrt(growth * math.log(4 / left) / reports) + 8 * growth / reports
     found = math.log1p((growth - 1) / (growth + 1) * clones)
-    return found if (1 + math.exp(found)) * distance <= delta - left else math.inf
+    return found if _covered(found, distance, by=delta - left) else math.inf

@@ -129,6 +129,16 @@ def test_what_samplers_leave_is_charged_for_every_report():
     assert shuffled_epsilon(1.0, reports=100_000, delta=1e-6, total_variation=1e-11) == 1.0
 
 
+@pytest.mark.parametrize("reports", [1, 100_000])
+def test_no_figure_holds_whose_delta_does_not_cover_the_nodes_own_sampler(reports):
+    arguments = {"reports": reports, "delta": 1e-6, "rounds": 2}
+    for local, found in ((1.0, shuffled_epsilon), (2.0, shuffled_gaussian_epsilon)):
+        assert found(local, **arguments, total_variation=1e-5) == math.inf
+    alone = shuffled_gaussian_epsilon(2.0, reports=1, delta=1e-6, total_variation=1e-20)
+    exact = gaussian_epsilon(1.0, 1e-6)
+    assert exact < alone < exact * (1 + 1e-5)
+
+
 def test_the_statement_says_what_it_is_not():
     said = str(ShuffledStatement(epsilon=0.5, delta=1e-6, reports=1000, rounds=3))
     assert "no part of the epsilon that nodes claim" in said and "1000 reports" in said
