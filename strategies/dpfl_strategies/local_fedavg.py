@@ -111,7 +111,8 @@ class LocalDPFedAvg(Strategy):
         What becomes of the noisy mean: plain averaging by default.
     checkpoint_dir:
         Where the model is kept after each round; ``start`` resumes from it. What a node charged for
-        a round that the server forgot in a crash stays charged.
+        a round that the server forgot in a crash stays charged; one without a ledger file forgets
+        it with the run, and then no claim has it.
     wait_seconds, give_up_after:
         As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
 
@@ -260,6 +261,9 @@ class LocalDPFedAvg(Strategy):
         request = self._plan.ask(
             self._noise, dimension=ArrayLayout.of(reference).dimension, server_round=server_round
         )
+        if self._stated.stated is not None:
+            # What is mixed from here on is seen, also where a crash keeps this round from ending.
+            self._save(reference, self._shuffled.lost())
         self._open = _OpenRound(request, frozenset(nodes), reference)
         return to_messages(
             nodes,
@@ -294,6 +298,7 @@ class LocalDPFedAvg(Strategy):
         self._done = server_round
         self._shuffled = self._shuffled.after(came=came, valid=answered)
         if not answered:
+            self._save(opened.reference, self._shuffled)
             self._failures.record(asked=len(opened.nodes), answered=0)
             return None, None
         mean = to_float(
@@ -306,7 +311,7 @@ class LocalDPFedAvg(Strategy):
             layout.flatten(opened.reference), mean, self._optimizer_state
         )
         model = layout.restore(vector, opened.reference)
-        self._save(model)
+        self._save(model, self._shuffled)
         self._failures.record(asked=len(opened.nodes), answered=answered)
         return to_record(model), None
 
@@ -363,7 +368,7 @@ class LocalDPFedAvg(Strategy):
         del server_round
         return f"worst node at epsilon {rounded_up(self._claims.largest)}"
 
-    def _save(self, model: Arrays) -> None:
+    def _save(self, model: Arrays, shuffled: ShuffledReports) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(
                 RunState(
@@ -371,7 +376,7 @@ class LocalDPFedAvg(Strategy):
                     server_round=self._done,
                     model=model,
                     optimizer_state=self._optimizer_state,
-                    settings={**self._settings, **self._shuffled.to_settings()},
+                    settings={**self._settings, **shuffled.to_settings()},
                     claims=self._claims.to_json(),
                 )
             )
@@ -382,6 +387,7 @@ class LocalDPFedAvg(Strategy):
         fixed = {
             "strategy": type(self).__name__,
             "server_optimizer": repr(self.server_optimizer),
+            "shuffled_reports": repr(self._stated.stated),
             **self._plan.fixed(num_rounds),
         }
         state = None if self._checkpoints is None else self._checkpoints.load()

@@ -61,6 +61,10 @@ class ShuffledReports:
                 )
         return cls(stated, num_nodes)
 
+    def lost(self) -> "ShuffledReports":
+        """Return what is known if the round that begins is never heard of: nothing of how many."""
+        return ShuffledReports(self.stated, 0)
+
     def after(self, *, came: int, valid: int) -> "ShuffledReports":
         """Return what is known after a round in which ``came`` reports came, so many valid."""
         return ShuffledReports(self.stated, min(self.fewest, valid) if came else self.fewest)
@@ -81,7 +85,9 @@ class ShuffledReports:
             return None
         reports = min(self.stated, self.fewest)
         if not reports:
-            log.warning("No figure for shuffled reports: of a round none was valid")
+            log.warning(
+                "No figure for shuffled reports: of a round none was valid, or a crash lost it"
+            )
             return None
         multiplier = noise.resolve_noise_multiplier()
         variation = noise.distribution(noise.grid(dimension)).total_variation * dimension

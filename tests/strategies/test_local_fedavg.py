@@ -721,6 +721,38 @@ def test_no_more_reports_are_counted_as_mixed_than_came(tmp_path):
     assert (resumed.reports, resumed.rounds) == (NODES - 1, 2)
 
 
+def test_a_round_that_was_mixed_and_then_lost_in_a_crash_leaves_no_figure(tmp_path):
+    def start(rounds, *, crashes=False, **changes):
+        def node(asked):
+            last = asked.metadata.dst_node_id == 100 + NODES - 1
+            if crashes and last and asked.content[records.CONFIG]["server-round"] == 2:
+                raise Crash  # the others have answered: their reports were seen
+            return scripted()
+
+        arguments = {"shuffled_reports": NODES, "checkpoint_dir": tmp_path} | changes
+        it = strategy(**arguments)
+        with quiet():
+            return it.start(ScriptedGrid(node, NODES), record(np.zeros(4)), num_rounds=rounds)
+
+    assert start(1).shuffled.rounds == 1
+    with pytest.raises(Crash):
+        start(3, crashes=True)
+    assert start(3).shuffled is None
+    with pytest.raises(CheckpointError, match="shuffled_reports=3"):
+        start(4, shuffled_reports=3)
+
+
+def test_reports_that_came_and_were_no_good_are_remembered_over_a_restart(tmp_path):
+    def start(rounds, answer):
+        it = strategy(shuffled_reports=NODES, checkpoint_dir=tmp_path, give_up_after=None)
+        with quiet():
+            grid = ScriptedGrid(lambda asked: answer, NODES)
+            return it.start(grid, record(np.zeros(4)), num_rounds=rounds)
+
+    start(1, MALFORMED["too short"])
+    assert start(2, scripted()).shuffled is None
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
