@@ -6,7 +6,6 @@ rounded Gaussian to an integer sum equals rounding the sum plus a real Gaussian,
 event that the ledger prices covers it by post-processing.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from dpfl_flower.accounting import Ledger, LedgerPosition
 from dpfl_flower.noise import RoundedGaussian
 from dpfl_flower.quantize import IntegerGrid
 from dpfl_flower.rng import RandomSource
+from dpfl_strategies.signal_to_noise import signal_to_noise
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,8 @@ class NoisyMean:
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimate the mean's power over the noise's: ``max(0, |y|^2 / (d sigma^2) - 1)``.
-
-        With ``y = x + n`` and n Gaussian, ``E |y|^2 = |x|^2 + d sigma^2``, so without the maximum
-        the estimate is unbiased; where there is no signal its standard deviation is ``sqrt(2/d)``.
-        Made of the released value and a public constant, it costs no privacy (post-processing:
-        Dwork and Roth, Proposition 2.1). Infinite without noise.
-        """
-        if not self.noise_stddev:
-            return math.inf
-        scaled = self.update / self.noise_stddev
-        return max(0.0, float(scaled @ scaled) / scaled.size - 1)
+        """The mean's power over that of its noise, estimated from ``update``."""
+        return signal_to_noise(self.update, noise_stddev=self.noise_stddev)
 
 
 class CentralRelease:

@@ -4,7 +4,6 @@ Kairouz, Liu, Steinke, arXiv 2102.06387 (discrete Gaussian); Agarwal, Kairouz, L
 (Skellam). What the server learns of a round is the noisy sum, by secure aggregation.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,29 @@ from dpfl_flower.accounting import (
     PrivacyUnit,
     Relation,
     Sampling,
-    TrustModel,
 )
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan, ShareNoise
 from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
 from dpfl_strategies.distributed_design import DistributedDesign, unit_sampling_rate
+from dpfl_strategies.distributed_report import DistributedReport
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
-from dpfl_strategies.round_loop import EvaluateFn, FailureWatch, LoopHooks, log_result, run_rounds
+from dpfl_strategies.round_loop import (
+    EvaluateFn,
+    FailureWatch,
+    LoopHooks,
+    completed,
+    hand_over,
+    run_rounds,
+)
 from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.secure_round import SecureRound
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
-
-log = logging.getLogger("flwr.dpfl")
 
 _STAGES = 5
 _LONGEST_SECONDS = 7 * 24 * 3600.0
@@ -185,12 +189,23 @@ class DistributedDPFedAvg(Strategy):
         self._optimizer_state: State = {}
         self._stage_seconds = 3600.0
         self._run: DistributedRun | None = None
+        self._report = self._new_report()
         self._open: _OpenRound | None = None
 
     @property
     def plan(self) -> DistributedPlan | None:
         """What every round is, None until the run has begun."""
         return None if self._run is None else self._run.plan
+
+    @property
+    def clip_norm(self) -> float:
+        """The clip norm of every round."""
+        return self._clipping.clip_norm
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The certain noise over the bound on one unit, None until the run has begun."""
+        return None if self._run is None else self._run.plan.noise_multiplier
 
     def start(
         self,
@@ -210,7 +225,8 @@ class DistributedDPFedAvg(Strategy):
         Raises
         ------
         AllClientsFailed
-            If rounds were abandoned, ``give_up_after`` in a row or always.
+            If rounds were abandoned, ``give_up_after`` in a row or always. Its ``result`` holds the
+            last released model.
         PopulationNotReached
             If too few nodes connected.
         LedgerError, CheckpointError
@@ -225,29 +241,30 @@ class DistributedDPFedAvg(Strategy):
         run = self._run = self._settings.open(
             from_record(initial_arrays), num_rounds, settings=self._fixed()
         )
+        report = self._report = self._new_report()
         try:
             self._optimizer_state = dict(run.state.optimizer_state)
             self.summary()
-            result = run_rounds(
-                self,
-                LoopHooks(
-                    failures=self._failures,
-                    stop_reason=lambda: None if run.affordable else Stopped.BUDGET_SPENT,
-                    progress=lambda server_round: f"{server_round} rounds",
-                    proceed=self.continue_train,
-                ),
-                PrivateResult(),
-                grid=grid,
-                arrays=to_record(run.state.model),
-                first_round=run.state.server_round + 1,
-                num_rounds=num_rounds,
-                timeout=timeout,
-                train_config=train_config,
-                evaluate_config=evaluate_config,
-                evaluate_fn=evaluate_fn,
-            )
-            result.privacy = self.privacy_spent()
-            log_result(result)
+            result = PrivateResult(signal_to_noise=report.signal_to_noise)
+            with completed(result, lambda: self._complete(result, grid)):
+                run_rounds(
+                    self,
+                    LoopHooks(
+                        failures=self._failures,
+                        stop_reason=lambda: None if run.affordable else Stopped.BUDGET_SPENT,
+                        progress=lambda done: report.progress(run, done, num_rounds),
+                        proceed=self.continue_train,
+                    ),
+                    result,
+                    grid=grid,
+                    arrays=to_record(run.state.model),
+                    first_round=run.state.server_round + 1,
+                    num_rounds=num_rounds,
+                    timeout=timeout,
+                    train_config=train_config,
+                    evaluate_config=evaluate_config,
+                    evaluate_fn=evaluate_fn,
+                )
             return result
         finally:
             run.close()
@@ -321,6 +338,7 @@ class DistributedDPFedAvg(Strategy):
             self._failures.record(asked=opened.asked, answered=0)
             return None, None
         mean = run.charge_and_decode(summed.total, opened.request)
+        self._report.released(server_round, mean, run.plan, shares=len(summed.survivors))
         model, self._optimizer_state = self.server_optimizer.step(
             run.layout.flatten(opened.reference), mean, self._optimizer_state
         )
@@ -350,21 +368,18 @@ class DistributedDPFedAvg(Strategy):
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        request = self._settings.request
-        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
-        log.info("\t├──> Sampling: %s, not amplified", request.sampling)
-        log.info("\t├──> Clipping: %s", self._clipping)
-        log.info("\t├──> Trust: %s", TrustModel.DISTRIBUTED)
-        if self._run is not None:
-            plan = self._run.plan
-            log.info(
-                "\t├──> Noise: %s, multiplier %.4f from %d honest shares (%d colluders assumed)",
-                plan.noise,
-                plan.noise_multiplier,
-                plan.honest_shares,
-                plan.colluders,
-            )
-        log.info("\t└──> Budget: %s", request.budget or "none")
+        self._report.summary(self._run)
+
+    def _new_report(self) -> DistributedReport:
+        return DistributedReport(self._settings.request, self._clipping, self.server_optimizer)
+
+    def _complete(self, result: PrivateResult, grid: Grid) -> None:
+        """Say what it cost, and leave the last released model where the run's files go."""
+        if result.stopped is Stopped.ALL_CLIENTS_FAILED:
+            state = self._running().state
+            result.arrays, result.rounds = to_record(state.model), state.server_round
+        result.privacy = self.privacy_spent()
+        hand_over(result, grid)
 
     def _fixed(self) -> dict[str, str]:
         """Return what may not change between the parts of a resumed run."""

@@ -19,8 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, Relation, Sampling, TrustModel
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, Relation, Sampling
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.clipping import FixedClipping
@@ -34,18 +33,18 @@ from dpfl_strategies.local_plan import (
     noise_of_settings,
     noise_settings,
 )
+from dpfl_strategies.local_report import LocalReport
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.replies import accepted, parse_sum
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import (
-    AllClientsFailed,
     EvaluateFn,
     FailureWatch,
     LoopHooks,
+    completed,
     hand_over,
-    log_result,
     run_rounds,
 )
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
@@ -176,6 +175,7 @@ class LocalDPFedAvg(Strategy):
         self._registry = Registry(num_nodes, wait_seconds=wait_seconds)
         self._claims = ClaimBook()
         self._optimizer_state: State = {}
+        self._report = LocalReport(self._plan, self.server_optimizer)
         self._noise: LocalNoise | None = None
         self._affordable = 0
         self._settings: dict[str, str] = {}
@@ -187,6 +187,16 @@ class LocalDPFedAvg(Strategy):
     def noise(self) -> LocalNoise | None:
         """What nodes are asked for, with its multiplier; None until a run has begun."""
         return self._noise
+
+    @property
+    def clip_norm(self) -> float:
+        """The clip norm of every round."""
+        return self._plan.clipping.clip_norm
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise of each node over the clip norm, None until a run has begun."""
+        return None if self._noise is None else self._noise.noise_multiplier
 
     @property
     def node_privacy(self) -> NodePrivacyReport:
@@ -218,11 +228,12 @@ class LocalDPFedAvg(Strategy):
         checks.positive_int(num_rounds=num_rounds)
         self._failures = FailureWatch(self._give_up_after)
         self._registry = Registry(self._plan.num_nodes, wait_seconds=self._wait_seconds)
+        self._report = LocalReport(self._plan, self.server_optimizer)
         self._open = None
         arrays = self._resume(initial_arrays, num_rounds)
         self.summary()
-        result = PrivateResult()
-        try:
+        result = PrivateResult(signal_to_noise=self._report.signal_to_noise)
+        with completed(result, lambda: self._complete(result, grid)):
             run_rounds(
                 self,
                 LoopHooks(self._failures, stop_reason=self._stop_reason, progress=self._progress),
@@ -236,13 +247,6 @@ class LocalDPFedAvg(Strategy):
                 evaluate_config=evaluate_config,
                 evaluate_fn=evaluate_fn,
             )
-        except AllClientsFailed as failed:
-            result.stopped = Stopped.ALL_CLIENTS_FAILED
-            failed.result = result
-            self._complete(result, grid)
-            raise
-        self._complete(result, grid)
-        log_result(result)
         return result
 
     def configure_train(
@@ -306,6 +310,7 @@ class LocalDPFedAvg(Strategy):
             request.grid.unit_size(request.noise.clip_norm),
             self._plan.expected_units,
         )
+        self._report.averaged(mean, request, answers=answered)
         layout = ArrayLayout.of(opened.reference)
         vector, self._optimizer_state = self.server_optimizer.step(
             layout.flatten(opened.reference), mean, self._optimizer_state
@@ -328,14 +333,7 @@ class LocalDPFedAvg(Strategy):
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        request, noise = self._plan.request, self._noise
-        log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
-        log.info("\t├──> Clipping: %s", self._plan.clipping)
-        log.info("\t├──> Trust: %s", TrustModel.LOCAL)
-        if noise is not None:
-            log.info("\t├──> Noise: %s, multiplier %.4f", noise.law, noise.noise_multiplier)
-        log.info("\t├──> Server optimizer: %s", self.server_optimizer)
-        log.info("\t└──> Budget of each node: %s", request.budget or "none")
+        self._report.summary(self._noise)
 
     def _noisy_part(self, message: Message, request: LocalRequest) -> NDArray[np.int64] | None:
         """Return what a node answered; None where it, or the node's claim, is not as asked."""
@@ -365,8 +363,7 @@ class LocalDPFedAvg(Strategy):
         return Stopped.BUDGET_SPENT if self._done >= self._affordable else None
 
     def _progress(self, server_round: int) -> str:
-        del server_round
-        return f"worst node at epsilon {rounded_up(self._claims.largest)}"
+        return self._report.progress(server_round, largest=self._claims.largest)
 
     def _save(self, model: Arrays, shuffled: ShuffledReports) -> None:
         if self._checkpoints is not None:

@@ -38,8 +38,8 @@ class PrivateResult(Result):
         Rounds whose model was released, counted from the start of the run, resumed parts included.
     signal_to_noise:
         By round, an estimate of the released mean's power over that of its noise: see
-        :attr:`~dpfl_strategies.central_release.NoisyMean.signal_to_noise`. Empty where the nodes
-        add the noise.
+        :func:`~dpfl_strategies.signal_to_noise.signal_to_noise`. No entry for a round that released
+        nothing; empty where only the nodes know their noise (``SampleLevelFedAvg``).
     """
 
     privacy: PrivacyStatement | None = None

@@ -4,13 +4,33 @@ import logging
 import math
 from dataclasses import dataclass, field
 
+from dpfl_flower.accounting import PrivacyBudget
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_strategies.gathering import Gathering
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 
-__all__ = ["RunReport"]
+__all__ = ["RunReport", "epsilon_of", "is_priced"]
 
 log = logging.getLogger("flwr.dpfl")
+
+
+def is_priced(server_round: int, num_rounds: int) -> bool:
+    """Whether this round's line tells epsilon: every tenth and the last, since pricing takes time.
+
+    >>> [server_round for server_round in range(1, 26) if is_priced(server_round, 25)]
+    [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 25]
+    """
+    return server_round % max(1, num_rounds // 10) == 0 or server_round == num_rounds
+
+
+def epsilon_of(epsilon: float, budget: PrivacyBudget | None) -> str:
+    """Return epsilon as a round's line shows it.
+
+    >>> epsilon_of(0.4019, PrivacyBudget(2.0, 1e-5))
+    'epsilon 0.402 of 2'
+    """
+    spent = f"epsilon {rounded_up(epsilon)}"
+    return spent if budget is None else f"{spent} of {budget.epsilon:g}"
 
 
 @dataclass
@@ -51,9 +71,6 @@ class RunReport:
     def _spent(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
         if not self.plan.rng.protects:
             return "no epsilon: the noise is seeded"
-        every = max(1, num_rounds // 10)
-        if server_round % every and server_round != num_rounds:
+        if not is_priced(server_round, num_rounds):
             return f"{server_round} releases charged"
-        budget = self.plan.request.budget
-        spent = f"epsilon {rounded_up(run.ledger.epsilon())}"
-        return spent if budget is None else f"{spent} of {budget.epsilon:g}"
+        return epsilon_of(run.ledger.epsilon(), self.plan.request.budget)
