@@ -107,6 +107,7 @@ class DistributedDPFedAvg(Strategy):
 
     Examples
     --------
+    >>> from dpfl_flower.accounting import EveryoneSampling
     >>> from dpfl_flower.secagg import SecAggPlus
     >>> strategy = DistributedDPFedAvg(
     ...     budget=PrivacyBudget(epsilon=1.0, delta=1e-4, unit="example"),

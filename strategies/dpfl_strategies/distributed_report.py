@@ -1,6 +1,7 @@
 """What the operator of a run with distributed noise reads while it goes on.
 
 >>> from dpfl_flower.accounting import EveryoneSampling
+>>> from dpfl_strategies.server_optimizers import FedAvg
 >>> request = PrivacyRequest.parse(
 ...     sampling=EveryoneSampling(4), budget=None, noise_multiplier=1.0, delta=1e-5, unit="node",
 ...     relation="zero-out",
