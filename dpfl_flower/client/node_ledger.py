@@ -17,7 +17,7 @@ epsilon 1.7 at delta 1e-05 for each example (add-or-remove-one) of data set "hea
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -35,6 +35,7 @@ from dpfl_flower.accounting import (
     Relation,
     events_to_json,
 )
+from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 
 _WAIT_SECONDS: Final = 60.0
@@ -119,12 +120,18 @@ class NodeLedger:
         """
         try:
             if self.path is None:
+                terms = LedgerTerms.of(self.dataset, delta, unit=unit, relation=relation)
+                recorded = self._recorded_budget(terms, budget)
                 with Ledger.in_memory(
-                    dataset=self.dataset, delta=delta, unit=unit, relation=relation, budget=budget
+                    dataset=self.dataset,
+                    delta=delta,
+                    unit=unit,
+                    relation=relation,
+                    budget=recorded if budget is None else budget,
                 ) as ledger:
                     self._recall(ledger)
                     yield ledger
-                    self._remember(ledger)
+                    self._remember(ledger, terms.header(recorded or budget))
             else:
                 with Ledger.open(
                     Path(self.path),
@@ -163,10 +170,37 @@ class NodeLedger:
             ledger.charge(plan.run, part)
             charged -= part
 
-    def _remember(self, ledger: Ledger) -> None:
+    def _recorded_budget(
+        self, terms: LedgerTerms, given: PrivacyBudget | None
+    ) -> PrivacyBudget | None:
+        """Return the budget that the run began with; LedgerError for a larger one, or other terms.
+
+        As a file's header holds: else whoever names them could name others in every round.
+        """
+        record = self.state.config_records.get(self._key)
+        if record is None:
+            return None
+        header = json.loads(str(record["header"]))
+        name = f"ledger of {self.dataset!r}"
+        terms.check_same(LedgerTerms.from_header(header), name)
+        if header["budget"] is None:
+            return None
+        budget = PrivacyBudget(header["budget"], terms.delta, terms.unit, terms.relation)
+        if given is not None and given.epsilon > budget.epsilon:
+            raise LedgerError(
+                f"{name} has a budget of epsilon {budget.epsilon}, it was opened for "
+                f"{given.epsilon}"
+            )
+        return budget
+
+    def _remember(self, ledger: Ledger, header: Mapping[str, object]) -> None:
         if plan := ledger.plans.get(self.run):
             self.state[self._key] = ConfigRecord(
-                {"plan": json.dumps(plan.to_json()), "charged": ledger.releases}
+                {
+                    "header": json.dumps(header),
+                    "plan": json.dumps(plan.to_json()),
+                    "charged": ledger.releases,
+                }
             )
 
 

@@ -140,3 +140,29 @@ def test_bad_arguments(arguments):
 def test_a_configured_path_must_be_one(path):
     with pytest.raises(ValueError, match="ledger-path"):
         NodeLedger.from_context(context(ledger_path=path), dataset="x")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"delta": 1e-4},
+        {"unit": PrivacyUnit.USER},
+        {"relation": "replace-one"},
+        {"budget": PrivacyBudget(1.9, 1e-5, PrivacyUnit.EXAMPLE)},
+    ],
+)
+def test_a_run_that_has_begun_keeps_to_its_terms_and_its_budget(durable, other, tmp_path):
+    node = NodeLedger("heart", path=tmp_path / "ledger.jsonl" if durable else None)
+    charge(node, budget=BUDGET)
+    with (
+        pytest.raises(NodeError) as refused,
+        node.open(**{"delta": 1e-5} | other) as ledger,
+    ):
+        ledger.plan(node.run, STEP, 100)
+        ledger.charge(node.run)
+    assert refused.value.code == NodeErrorCode.LEDGER_REFUSED
+    charge(node, budget=PrivacyBudget(1.7, 1e-5, PrivacyUnit.EXAMPLE))
+    with pytest.raises(NodeError) as refused:  # without one, that of the beginning holds
+        charge(node), charge(node)
+    assert refused.value.code == NodeErrorCode.BUDGET_EXHAUSTED
