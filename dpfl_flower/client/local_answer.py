@@ -100,7 +100,11 @@ class _Plan:
 
 
 def local_noise_mod(
-    noise: LocalNoise | None = None, *, dataset: str, path: str | None = None
+    noise: LocalNoise | None = None,
+    *,
+    dataset: str,
+    unit: PrivacyUnit | str | None = None,
+    path: str | None = None,
 ) -> Mod:
     """Return a mod that bounds and noises all that a node's app answers to a train message.
 
@@ -125,9 +129,17 @@ def local_noise_mod(
     noise : LocalNoise or None
     dataset : str
         The name of the data set, as in the node's ledger.
+    unit : PrivacyUnit or None
+        What one unit of the app is, which only the app knows; a request for another is refused. A
+        server that says "example" where each unit is a user with many records would have the
+        ledger claim too little: an example more moves its user's update by up to two clip norms.
+        None: that of ``noise``, else the server's word.
     path : str or None
         The ledger's file, where the node config has no ``ledger-path``.
     """
+    whose = None if unit is None else checks.choice(PrivacyUnit, unit=unit)
+    if noise is not None and whose not in {None, noise.unit}:
+        raise ValueError(f"unit={str(whose)!r} must be noise.unit={str(noise.unit)!r}")
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
@@ -137,6 +149,11 @@ def local_noise_mod(
             policy = LocalPolicy.from_node_config(context.node_config)
             plan = _planned(noise, message.content)
             policy.check(plan.noise)
+            if whose not in {None, plan.noise.unit}:
+                raise NodeError(
+                    NodeErrorCode.POLICY_REFUSED,
+                    f"unit={str(plan.noise.unit)!r} must be {str(whose)!r}, what this app adds up",
+                )
             return _answer(plan, ledger, policy.node, message, context, call_next)
         except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
             return answer(error, reply_to=message)

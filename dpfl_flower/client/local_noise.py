@@ -74,8 +74,9 @@ class LocalNoise:
         For a node only replace-one: another data set moves its update by at most twice the clip
         norm. Inside a node also add-or-remove-one and zero-out: a unit moves the sum by one.
     sampling_rate : float or None
-        Inside a node: each unit joins a round by a secret coin of the node's own. It amplifies,
-        since only the noisy sum leaves, and no trace of the coins. None for a node.
+        Inside a node: each unit joins a round by a secret coin of the node's own, drawn afresh for
+        each answer. It amplifies against whoever sees the noisy sums: no trace of the coins is in
+        them. How long a node takes is one, and is not accounted for. None for a node.
 
     Raises
     ------

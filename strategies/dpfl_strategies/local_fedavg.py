@@ -95,7 +95,8 @@ class LocalDPFedAvg(Strategy):
     sampling:
         Of users or examples inside nodes, over all of them: ``EveryoneSampling`` or
         ``PoissonSampling``, whose secret coins each node draws for its own units. Those amplify,
-        also against the server, which sees the noisy sum only. None where the node is the unit.
+        also against the server, as far as it sees noisy sums only: how long a node takes tells of
+        the size of its sample, which nothing here hides. None where the node is the unit.
     noise:
         ``"gaussian"`` or ``"laplace"``.
     max_inflation:

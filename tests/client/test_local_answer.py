@@ -158,6 +158,18 @@ def test_a_run_that_has_begun_gets_no_other_noise(changed, durable, tmp_path):
         assert releases(path, noise(), "phone") == 1
 
 
+def test_an_app_that_says_what_its_units_are_takes_no_other_word_for_it(tmp_path):
+    path = str(tmp_path / "ledger.jsonl")
+    client = user_cohort_app(cohort_fn, mods=[local_noise_mod(dataset="patients", unit="user")])
+    examples = noise(unit="example", relation="add-or-remove-one", sampling_rate=0.5)
+    reply = client(question(examples), context(ledger_path=path))
+    assert reply.error.code == NodeErrorCode.POLICY_REFUSED
+    assert not client(question(of_users()), context(ledger_path=path)).has_error()
+    assert releases(path, of_users(), "patients") == 1
+    with pytest.raises(ValueError, match=r"unit='user' must be noise\.unit='node'"):
+        local_noise_mod(noise(), dataset="patients", unit="user")
+
+
 def test_a_larger_clip_norm_or_another_model_costs_what_the_first_cost(tmp_path):
     ctx = context(ledger_path=str(tmp_path / "ledger.jsonl"))
     phone()(question(noise()), ctx)
