@@ -22,7 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, epsilon
+from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, PrivacyUnit, epsilon
 from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.contribution import masks_follow
 from dpfl_flower.client.distributed_request import DistributedRequest
@@ -216,7 +216,12 @@ class NoiseShare:
 
 
 def noise_share_mod(
-    *, dataset: str, delta: float, budget: PrivacyBudget | None = None, path: str | None = None
+    *,
+    dataset: str,
+    delta: float,
+    budget: PrivacyBudget | None = None,
+    unit: PrivacyUnit | str | None = None,
+    path: str | None = None,
 ) -> Mod:
     """Return a mod that adds this node's share of the noise to what the app answers.
 
@@ -236,9 +241,12 @@ def noise_share_mod(
         At which the ledger reports epsilon.
     budget : PrivacyBudget or None
         What the data set may spend.
+    unit : PrivacyUnit or None
+        What one unit of the app is, as for `local_noise_mod`; a plan for another is refused.
     path : str or None
         The ledger's file, where the node config has no ``ledger-path``.
     """
+    whose = None if unit is None else checks.choice(PrivacyUnit, unit=unit)
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
@@ -250,7 +258,7 @@ def noise_share_mod(
                 budget=budget,
                 policy=SharePolicy.from_node_config(context.node_config),
             )
-            return _answer(share, message, context, call_next)
+            return _answer(share, whose, message, context, call_next)
         except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
             return answer(error, reply_to=message)
 
@@ -258,7 +266,11 @@ def noise_share_mod(
 
 
 def _answer(
-    share: NoiseShare, message: Message, context: Context, call_next: ClientAppCallable
+    share: NoiseShare,
+    unit: PrivacyUnit | None,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
 ) -> Message:
     if not masks_follow():
         raise NodeError(
@@ -277,6 +289,11 @@ def _answer(
     except (ValueError, TypeError, OverflowError) as error:
         raise NodeError(NodeErrorCode.MALFORMED_REQUEST, str(error)) from error
     share.check(request)
+    if unit not in {None, request.plan.unit}:
+        raise NodeError(
+            NodeErrorCode.POLICY_REFUSED,
+            f"unit={str(request.plan.unit)!r} must be {str(unit)!r}, what this app adds up",
+        )
     inner = RecordDict({k: record for k, record in content.items() if k != records.DISTRIBUTED})
     # The records may be those of other nodes' messages too: they are replaced, never changed.
     message.content = inner

@@ -226,6 +226,16 @@ def test_a_node_takes_part_on_its_own_terms_only():
         run(strategy(give_up_after=1), rounds=1, node_configs=weak)
 
 
+def test_an_app_that_says_what_its_units_are_takes_no_other_word_for_it():
+    def users(unit):
+        share = noise_share_mod(dataset="phones", delta=1e-4, unit=unit)
+        return user_cohort_app(cohort_fn, mods=[secure_aggregation_mod, share])
+
+    assert run(strategy(), rounds=1, client=users("user")).privacy.releases == 1
+    with pytest.raises(AllClientsFailed):
+        run(strategy(unit="example", give_up_after=1), rounds=1, client=users("user"))
+
+
 # --- going on --------------------------------------------------------------------------------
 
 
