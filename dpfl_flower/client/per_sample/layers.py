@@ -95,9 +95,8 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _trainable(module: nn.Module, *names: str) -> tuple[nn.Parameter, ...]:
-    named = module._parameters
-    found = (named.get(name) for name in names)
-    return tuple(p for p in found if p is not None and p.requires_grad)
+    found = [module._parameters.get(name) for name in names]
+    return tuple([p for p in found if p is not None and p.requires_grad])
 
 
 def _linear(module: nn.Linear, inputs: Tensor, gradients: Tensor) -> list[Contribution]:

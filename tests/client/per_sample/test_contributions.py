@@ -69,7 +69,7 @@ def test_a_dropped_record_leaves_no_trace(make, value):
     dropped[2] = True
     factors[2] = 0.0
     clean = part.weighted_sums(factors, dropped)
-    for name in ("_inputs", "_gradients", "_sums"):
+    for name in ("inputs", "gradients", "_inputs", "_gradients", "_sums"):
         tensors = getattr(part, name, None)
         for tensor in tensors if isinstance(tensors, list) else [tensors]:
             if tensor is not None and name != "_sums":
@@ -102,7 +102,7 @@ def test_positions_that_cancel_do_not_carry_a_record_past_the_clip_norm():
 
 def test_an_input_beyond_what_factors_can_scale_is_not_finite():
     part = outer()
-    part._inputs[1] = 3e38
+    part.inputs[1] = 3e38
     assert math.isinf(float(part.squares()[1]))
 
 
