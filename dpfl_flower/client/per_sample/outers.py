@@ -56,7 +56,7 @@ class Outers(Contribution):
             self._joined.device,
         )
         # Sums of squares in float64: a number that is not finite spoils its own record only.
-        sums = torch.addmm(ones, self._joined.double().square_(), belongs)
+        sums = torch.addmm(ones, self._joined.double().square(), belongs)
         inputs, gradients = sums.chunk(2, 1)
         inputs.masked_fill_(inputs > LARGEST_INPUT**2, math.inf)
         return inputs.mul_(gradients).sum(1)

@@ -23,9 +23,12 @@ def layers():
     return [layer(4, 5), layer(3, 4, bias=False), layer(2, 3)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("drops", [False, True])
-def test_norms_and_sums_are_those_of_the_single_layers(drops):
+def test_norms_and_sums_are_those_of_the_single_layers(drops, dtype):
     parts = layers()
+    for part in parts:
+        part.inputs, part.gradients = part.inputs.to(dtype), part.gradients.to(dtype)
     (whole,) = merged(parts)
     assert isinstance(whole, Outers)
     assert [id(p) for p in whole.parameters] == [id(p) for part in parts for p in part.parameters]
