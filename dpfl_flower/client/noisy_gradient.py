@@ -23,7 +23,10 @@ __all__ = ["NoisyGradient", "secure"]
 
 _DITHER_STEP: Final = 2.0**-32
 _AT_ONCE: Final = 1 << 16
-"""Draws that cost little more than a few: small models draw the noise of several steps."""
+"""Draws that cost little more than a few: small models draw the noise of several steps.
+
+Dither and noise take 16 bytes an entry, so what is held ahead is at most 1 MiB, or one step's.
+"""
 
 
 class NoisyGradient:
