@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dpfl_flower.client import ModelRefused
 from dpfl_flower.client.per_example import Clip, ClipStyle, per_example_clipper
@@ -172,6 +173,34 @@ def test_layers_after_which_tensors_change_in_place_are_right_or_refused():
         pytest.raises(ModelRefused, match="changed in place"),
     ):
         clipper.clipped_sum(batch)
+
+
+class Recomputed(nn.Module):
+    """Uses one layer twice and another for nothing; the backward pass runs the middle again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.unused = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        self.unused(x)
+        x = checkpoint(lambda y: self.twice(torch.tanh(self.twice(y))), x, use_reentrant=False)
+        return self.last(x)
+
+
+def test_a_layer_counts_as_often_as_it_is_used_and_not_when_it_is_run_again():
+    model, batch = Recomputed().double(), [torch.randn(7, 5).double(), torch.randint(3, (7,))]
+    for style in ClipStyle:
+        with per_example_clipper(
+            model, CROSS_ENTROPY, clip_norm=0.5, engine="bookkeeping", style=style
+        ) as ours:
+            actual = ours.clipped_sum(batch)
+        with SingleClipper(model, CROSS_ENTROPY, clip=Clip(0.5, style)) as single:
+            expected = single.clipped_sum(batch)
+        off = norm([a - b for a, b in zip(actual, expected, strict=True)])
+        assert off <= 1e-9 * norm(expected)
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "hooks"])
