@@ -126,14 +126,15 @@ class Capture:
 
     def arrived(self, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
         """Take the gradient in a layer's output."""
-        enough = inputs.dim() >= self._least[module]
-        for tensor in (inputs, gradients):
-            if not enough or tensor.shape[0] != self._records:
-                raise ModelRefused(
-                    f"{type(module).__name__} gets or returns a tensor of shape "
-                    f"{tuple(tensor.shape)} for {self._records} records: its first dimension must "
-                    "count the records"
-                )
+        shapes = (inputs.shape, gradients.shape)
+        if len(shapes[0]) < self._least[module] or not (
+            shapes[0][0] == shapes[1][0] == self._records
+        ):
+            raise ModelRefused(
+                f"{type(module).__name__} gets and returns tensors of shapes "
+                f"{tuple(shapes[0])} and {tuple(shapes[1])} for {self._records} records: their "
+                "first dimension must count the records"
+            )
         self._found += contributions(module, inputs, gradients)
 
 

@@ -100,8 +100,9 @@ def _trainable(module: nn.Module, *names: str) -> tuple[nn.Parameter, ...]:
 
 
 def _linear(module: nn.Linear, inputs: Tensor, gradients: Tensor) -> list[Contribution]:
-    if inputs.dim() == 2 and module.weight.requires_grad:
-        return [Outer(_trainable(module, "weight", "bias"), inputs, gradients)]
+    parameters = _trainable(module, "weight", "bias")
+    if inputs.dim() == 2 and parameters[0].dim() == 2:  # the weight's, if it is trained
+        return [Outer(parameters, inputs, gradients)]
     return _products(
         module,
         inputs.reshape(len(inputs), -1, inputs.shape[-1]),
