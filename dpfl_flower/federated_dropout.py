@@ -7,7 +7,7 @@ node contributes does not depend on which others take part: its update is zero w
 nothing, and clipping bounds it as any other.
 
 >>> import numpy as np
->>> from dpfl_flower.hidden_layers import Axis
+>>> from dpfl_flower.hidden_layers import Axis, HiddenLayer
 >>> model = {
 ...     "in.weight": np.zeros((4, 2), np.float32), "in.bias": np.zeros(4, np.float32),
 ...     "out.weight": np.zeros((1, 4), np.float32),
@@ -26,16 +26,19 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from dpfl_flower import checks
-from dpfl_flower.hidden_layers import HiddenLayer, hidden_layers
 from dpfl_flower.layout import Array, ArrayLayout, as_numpy
 from dpfl_flower.rng import SeededRandom
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dpfl_flower.hidden_layers import HiddenLayer
 
 __all__ = ["FederatedDropout", "Submodel"]
 
@@ -101,7 +104,7 @@ class FederatedDropout:
     """
 
     rate: float
-    layers: tuple[HiddenLayer, ...]
+    layers: "tuple[HiddenLayer, ...]"
 
     def __post_init__(self) -> None:
         checks.non_negative(rate=self.rate)
@@ -115,7 +118,7 @@ class FederatedDropout:
                 raise ValueError(f"layers must name axis {axis!r} once")
 
     @classmethod
-    def of(cls, model: nn.Module, *, rate: float) -> Self:
+    def of(cls, model: "nn.Module", *, rate: float) -> Self:
         """Find the hidden layers of a ``torch.nn.Sequential``.
 
         Raises
@@ -123,6 +126,9 @@ class FederatedDropout:
         ValueError
             Where it holds a module whose units cannot be told: give ``layers`` then.
         """
+        # Imports torch, as only who has a torch model needs it.
+        from dpfl_flower.hidden_layers import hidden_layers  # noqa: PLC0415
+
         return cls(rate=rate, layers=hidden_layers(model))
 
     def check(self, arrays: Arrays) -> None:

@@ -15,42 +15,52 @@ like) are never released: the server keeps its own.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import TypeIs
 
 __all__ = ["Array", "ArrayLayout", "ArraySpec", "as_numpy", "is_floating"]
 
-Array = NDArray[np.generic] | torch.Tensor
+Array: TypeAlias = "NDArray[np.generic] | torch.Tensor"
 """What one array may be: a numpy array of any layout in memory, or a torch tensor anywhere."""
 
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 _FLOATING_TYPES = frozenset({np.float16, np.float32, np.float64})
-_FLOATING_TORCH = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def _is_tensor(array: Any) -> "TypeIs[torch.Tensor]":
+    """Whether the array is torch's, without importing torch, which takes longer than all else."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
 
 
 def dtype_name(array: Array) -> str:
     """Return the plain name of an array's dtype, the same for numpy and torch: ``"float32"``."""
-    if isinstance(array, torch.Tensor):
+    if _is_tensor(array):
         return str(array.dtype).removeprefix("torch.")
     return str(np.dtype(array.dtype.type))
 
 
 def is_floating(array: Array) -> bool:
     """Whether the array is float16, bfloat16, float32 or float64: whether it is released."""
-    if isinstance(array, torch.Tensor):
-        return array.dtype in _FLOATING_TORCH
+    if _is_tensor(array):
+        return dtype_name(array) in _FLOATING
     return array.dtype.type in _FLOATING_TYPES
 
 
 def as_numpy(array: Array) -> NDArray[np.generic]:
     """Return the array as numpy without copying where possible; bfloat16 widens to float32."""
-    if isinstance(array, torch.Tensor):
+    if _is_tensor(array):
         array = array.detach().cpu()
-        return (array.float() if array.dtype is torch.bfloat16 else array).numpy()
+        return (array.float() if dtype_name(array) == "bfloat16" else array).numpy()
     return np.asarray(array)
 
 

@@ -26,8 +26,8 @@ from dpfl_flower.accounting.events import (
     Laplace,
     PoissonSampled,
 )
-from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.accounting.units import Relation
+from dpfl_flower.lazily import lazily
 
 pld = lazily("dp_accounting.pld.privacy_loss_distribution")
 stats = lazily("scipy.stats")

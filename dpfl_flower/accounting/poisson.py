@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfl_flower.accounting.lazily import lazily
+from dpfl_flower.lazily import lazily
 
 pld_pmf = lazily("dp_accounting.pld.pld_pmf")
 privacy_loss_distribution = lazily("dp_accounting.pld.privacy_loss_distribution")

@@ -27,8 +27,8 @@ from dpfl_flower.accounting.events import (
     Laplace,
     PoissonSampled,
 )
-from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.accounting.units import Relation
+from dpfl_flower.lazily import lazily
 
 dp_accounting = lazily("dp_accounting")
 rdp = lazily("dp_accounting.rdp")

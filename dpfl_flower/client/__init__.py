@@ -1,8 +1,12 @@
-"""Clients: a NumPyClient for the Message API, and one that trains with DP-SGD."""
+"""Clients: a NumPyClient for the Message API, and one that trains with DP-SGD.
+
+What trains with torch is imported when it is first named: torch takes longer to import than all
+else, and a SuperNode starts a process for every message.
+"""
+
+from typing import TYPE_CHECKING
 
 from dpfl_flower.client.ckks import ckks_mod
-from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
-from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.errors import (
     NODE_LOGGER,
     ModelRefused,
@@ -16,9 +20,25 @@ from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
-from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.secure_aggregation import secure_aggregation_mod
+from dpfl_flower.lazily import attributes_from
+
+if TYPE_CHECKING:
+    from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
+    from dpfl_flower.client.dp_sgd_config import DPSGDConfig
+    from dpfl_flower.client.per_example import ClipStyle, GradientEngine
+else:
+    __getattr__ = attributes_from(
+        __name__,
+        {
+            "ClipStyle": "per_example",
+            "DPSGDClient": "dp_sgd",
+            "DPSGDConfig": "dp_sgd_config",
+            "GradientEngine": "per_example",
+            "OptimizerFactory": "dp_sgd",
+        },
+    )
 
 __all__ = [
     "NODE_LOGGER",

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower import checks
 from dpfl_flower.client.sum_grid import SumGrid
@@ -22,7 +23,10 @@ __all__ = ["NoisyGradient", "secure"]
 
 _DITHER_STEP: Final = 2.0**-32
 _AT_ONCE: Final = 1 << 16
-"""Draws that cost little more than a few: small models draw the noise of several steps."""
+"""Draws that cost little more than a few: small models draw the noise of several steps.
+
+Dither and noise take 16 bytes an entry, so what is held ahead is at most 1 MiB, or one step's.
+"""
 
 
 class NoisyGradient:
@@ -73,17 +77,13 @@ class NoisyGradient:
         """
         if self.noise_multiplier == 0:
             return [tensor / self._divisor for tensor in total]
-        sizes = [tensor.numel() for tensor in total]
-        grid = sum_grid(self.noise_multiplier, sum(sizes))
-        flat = torch.cat([tensor.flatten() for tensor in total])
+        flat: Tensor = _flatten_dense_tensors(list(total))  # type: ignore[no-untyped-call]
+        grid = sum_grid(self.noise_multiplier, flat.numel())
         dither, noise = self._next(grid, flat.device)
         unit = clip_norm / grid.clip_units
         cells = dither.add_(flat, alpha=1 / unit).floor_().add_(noise)
         noisy = cells.mul_(unit / self._divisor).to(flat.dtype)
-        return [
-            part.view(tensor.shape)
-            for part, tensor in zip(torch.split(noisy, sizes), total, strict=True)
-        ]
+        return list(_unflatten_dense_tensors(noisy, total))  # type: ignore[no-untyped-call]
 
     def _next(self, grid: SumGrid, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._process != os.getpid():
@@ -102,7 +102,8 @@ class NoisyGradient:
         # Odd multiples of 2^-33 in (0, 1): symmetric about 1/2.
         words = np.frombuffer(self._rng.random_bytes(4 * n), np.uint32)
         dither = torch.from_numpy((words.astype(np.float64) + 0.5) * _DITHER_STEP)
-        noise = torch.from_numpy(grid.noise.sample(n, self._rng))
+        # Integers below 2^53, so exact; adding up two dtypes would take twice as long.
+        noise = torch.from_numpy(grid.noise.sample(n, self._rng)).double()
         parts = (torch.split(dither, grid.dimension), torch.split(noise, grid.dimension))
         return list(zip(*parts, strict=True))
 

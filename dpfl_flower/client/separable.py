@@ -40,6 +40,14 @@ _FIX: Final = (
     "opacus.validators.ModuleValidator.fix(model) replaces it "
     "(BatchNorm becomes GroupNorm); use the fixed model on the server too"
 )
+_TAKEN_BY: Final = {
+    nn.RNN: "DPRNN",
+    nn.LSTM: "DPLSTM",
+    nn.GRU: "DPGRU",
+    nn.MultiheadAttention: "DPMultiheadAttention",
+}
+"""What multiplies by weights inside of torch, where no hook sees it, and what to use instead."""
+
 _DRAWS: Final = 4
 _PROBES: Final = 3
 _TOLERANCE: Final = 1e-3
@@ -54,8 +62,8 @@ def require_trainable(model: nn.Module) -> None:
         For a model without trainable parameters, one that Opacus wraps already, and for layers that
         couple the records of a batch or keep statistics of them (BatchNorm, also a frozen one or
         one without weights; InstanceNorm with running statistics; embeddings with ``max_norm`` or
-        ``scale_grad_by_freq``) or that Opacus has no gradients for (LSTM, GRU,
-        MultiheadAttention). The message names the layer and the fix.
+        ``scale_grad_by_freq``) or whose per-example gradients no hook sees (torch's RNN, LSTM, GRU
+        and MultiheadAttention, where they are trained). The message names the layer and the fix.
     """
     if _wrapped_by_opacus(model):
         raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
@@ -72,6 +80,13 @@ def require_trainable(model: nn.Module) -> None:
                 raise ModelRefused(f"{name}: max_norm writes to the rows that records name")
             if module.scale_grad_by_freq:
                 raise ModelRefused(f"{name}: scale_grad_by_freq counts over the records of a batch")
+        instead = next((dp for torchs, dp in _TAKEN_BY.items() if isinstance(module, torchs)), None)
+        if instead is not None and any(p.requires_grad for p in module.parameters()):
+            raise ModelRefused(
+                f"{name}: {kind} hides its inner layers, so that nobody can tell the records' "
+                f"gradients apart; put opacus.layers.{instead} in its place (with the same "
+                "arguments, and batch_first=True), on the server too"
+            )
     if unsupported(model) is not None and (errors := _opacus_errors(model)):
         raise ModelRefused(f"{'; '.join(errors)}; {_FIX}")
 
@@ -295,7 +310,14 @@ def _require_true_gradients(
         per_example_clipper(model, loss_fn, clip_norm=clip_norm, engine=engine) as clipper,
         _same_dropout(parameters[0].device),
     ):
-        actual = clipper.clipped_sum(batch)
+        try:
+            actual = clipper.clipped_sum(batch)
+        except ModelRefused:
+            raise
+        except RuntimeError as error:
+            raise ModelRefused(
+                f"engine {engine.value!r} fails on a batch of {len(losses)} records: {error}"
+            ) from error
     off = _norm([a.double() - e for a, e in zip(actual, expected, strict=True)])
     if not float(off) <= _TOLERANCE * clip_norm * _PROBES:
         raise ModelRefused(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from dpfl_flower import checks
 from dpfl_flower.accounting import PrivacyBudget, calibrate
-from dpfl_flower.accounting.lazily import lazily
 from dpfl_flower.distributed.plan import DistributedPlan, ShareNoise
+from dpfl_flower.lazily import lazily
 
 optimize = lazily("scipy.optimize")
 

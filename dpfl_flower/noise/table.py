@@ -80,9 +80,11 @@ class TableSampler:
         self._blocks = _Thresholds(high << np.uint64(self._block_bits), low)
         self._remainder: _Thresholds | None = None
         if covered < total:
-            rest = _cumulative(_less_block_minima(cells, lowest))
-            shift = 128 - (total - covered).bit_length()
-            self._remainder = _Thresholds(*_shifted(rest, shift))
+            # One name for all steps: what one has used is freed before the next one allocates.
+            cells = _less_block_minima(cells, lowest)
+            cells = _cumulative(cells)
+            cells = _shifted(cells, 128 - (total - covered).bit_length())
+            self._remainder = _Thresholds(*cells)
         self._build_guide()
 
     def _build_guide(self) -> None:

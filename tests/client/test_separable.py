@@ -32,8 +32,6 @@ def frozen(layer):
         nn.SyncBatchNorm(4),
         nn.LazyBatchNorm1d(),
         nn.Sequential(nn.Identity(), nn.InstanceNorm1d(4, track_running_stats=True)),
-        nn.LSTM(4, 4),
-        nn.MultiheadAttention(4, 1),
     ],
     ids=lambda layer: type(layer).__name__,
 )

@@ -118,3 +118,13 @@ def test_no_more_noise_is_drawn_than_there_are_steps():
     for left in (2, 1, 0, 0):
         release([torch.zeros(5)], clip_norm=1.0)
         assert len(release._drawn) == left
+
+
+@pytest.mark.parametrize("dimension", [1, 500, 4_130, 70_000])
+def test_noise_is_held_ahead_for_one_step_or_within_a_mebibyte(dimension):
+    torch = pytest.importorskip("torch")
+    release = NoisyGradient(1.0, 1.0, secure(), steps=1_000_000)
+    release([torch.zeros(dimension)], clip_norm=1.0)
+    held = sum(t.numel() * t.element_size() for pair in release._drawn for t in pair)
+    assert held <= 1 << 20
+    assert (held > 0) == (2 * dimension <= 1 << 16)

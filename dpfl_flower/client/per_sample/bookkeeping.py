@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dpfl_flower.client.errors import ModelRefused
 from dpfl_flower.client.per_sample.capture import Capture
-from dpfl_flower.client.per_sample.clip import Clip, Scaling
+from dpfl_flower.client.per_sample.clip import Clip
 from dpfl_flower.client.per_sample.clipper import Batch, PerExampleClipper, wide
-from dpfl_flower.client.per_sample.contributions import Contribution, Held, total_squares
+from dpfl_flower.client.per_sample.contributions import Contribution, Held
 from dpfl_flower.client.per_sample.layers import unsupported
+from dpfl_flower.client.per_sample.outers import merged
 
 __all__ = ["BookKeepingClipper", "Clip", "nn", "torch"]
 
@@ -65,10 +66,12 @@ class BookKeepingClipper(PerExampleClipper):
         )
         if not found:
             return self.zeros()
-        scaling = self._scaling(
-            [(parts[0].parameters[0], square) for parts, square in self._squares(found)]
-        )
-        factors = self._factors(scaling, len(found))
+        if not self.clip.by_layer:
+            found = merged(found)
+        scaling = self._scaling([(part.parameters[0], part.squares()) for part in found])
+        factors = scaling.factors
+        if not self.clip.by_layer:  # rounded once for all layers, where the dtype is one
+            factors = [factors[0].to(wide(self.parameters[0]))] * len(found)
         sums: dict[int, Tensor] = {}  # by id: a tensor's own hash takes longer
         for part, factor in zip(found, factors, strict=True):
             weighted = part.weighted_sums(factor, scaling.dropped)
@@ -78,29 +81,16 @@ class BookKeepingClipper(PerExampleClipper):
             for p in self.parameters
         ]
 
-    def _squares(
-        self, found: Sequence[Contribution]
-    ) -> list[tuple[Sequence[Contribution], Tensor]]:
-        if self.clip.by_layer:
-            return [((part,), part.squares()) for part in found]
-        return [(found, total_squares(found))]
-
-    def _factors(self, scaling: Scaling, parts: int) -> Sequence[Tensor]:
-        if self.clip.by_layer:
-            return scaling.factors
-        # Rounded once for all layers, where the dtype is one.
-        (factors,) = scaling.factors
-        return [factors.to(wide(self.parameters[0]))] * parts
-
     def _forget(self) -> None:
         pass  # autograd leaves no gradient behind when it is asked for tensors
 
 
 def _once_each(found: Sequence[Contribution]) -> list[Contribution]:
     # Norms of several contributions to one parameter do not add up: their gradients do.
-    counts = Counter([id(p) for part in found for p in part.parameters])
-    if max(counts.values(), default=1) == 1:
+    used = [id(p) for part in found for p in part.parameters]
+    if len(set(used)) == len(used):
         return list(found)
+    counts = Counter(used)
     single: list[Contribution] = []
     several: list[Contribution] = []
     for part in found:

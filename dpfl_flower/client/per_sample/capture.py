@@ -25,7 +25,8 @@ class Capture:
     Each layer's contributions are computed as soon as its gradient arrives in the backward pass, so
     that no more inputs and gradients are held than the contributions need. No weight's gradient
     over the batch is computed: autograd is asked for the outputs of the first layers only, and
-    every other layer lies on the way there.
+    every other layer lies on the way there. A linear layer on vectors needs just its inputs and
+    gradients, so autograd is asked for these too: a hook takes longer than a small layer.
 
     Parameters
     ----------
@@ -42,6 +43,7 @@ class Capture:
         self._least = {module: least_dimensions(module) for module in self._owners}
         self._records = 0
         self._first: list[GradientEdge] = []
+        self._asked: list[tuple[_Arrival, GradientEdge]] = []
         self._found: list[Contribution] = []
         self._active = False
 
@@ -73,19 +75,23 @@ class Capture:
         self._records, self._active = records, True
         try:
             total = loss()
-            unseen = self._unseen()
-            wanted: list[GradientEdge] = [*self._first, *map(get_gradient_edge, unseen)]
+            asked, unseen = tuple(self._asked), self._unseen()
+            wanted = [edge for _, edge in asked]
+            wanted += [*self._first, *map(get_gradient_edge, unseen)]
             if wanted and total.requires_grad:
                 gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-                for p, gradient in zip(unseen, gradients[len(self._first) :], strict=True):
+                for p, gradient in zip(unseen, gradients[len(wanted) - len(unseen) :], strict=True):
                     if gradient is not None:
                         raise ModelRefused(
                             f"a parameter of shape {tuple(p.shape)} is used outside the forward of "
                             "its own module, where no hook sees it"
                         )
+                for i in reversed(range(len(asked))):  # as the backward pass went
+                    if gradients[i] is not None:
+                        asked[i][0](gradients[i])
             return self._found
         finally:
-            self._first, self._found, self._active = [], [], False
+            self._first, self._asked, self._found, self._active = [], [], [], False
             self._called.clear()
 
     def _unseen(self) -> list[nn.Parameter]:
@@ -102,29 +108,33 @@ class Capture:
     def _forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self._active:
-            self._called.add(module)
-        if not (self._active and isinstance(output, Tensor) and output.requires_grad):
+        if not self._active:
+            return
+        self._called.add(module)
+        if not (isinstance(output, Tensor) and output.requires_grad):
             return
         inputs = args[0] if args else kwargs.get("input")
         if len(args) + len(kwargs) != 1 or not isinstance(inputs, Tensor):
             raise ModelRefused(f"{type(module).__name__} is called with more than its input")
+        arrival = _Arrival(self, module, inputs.detach())
+        if type(module) is nn.Linear and inputs.dim() == 2:
+            self._asked.append((arrival, get_gradient_edge(output)))
+            return
         if not inputs.requires_grad:
             self._first.append(get_gradient_edge(output))
-        output.register_hook(  # type: ignore[no-untyped-call]
-            _Arrival(self, module, inputs.detach())
-        )
+        output.register_hook(arrival)  # type: ignore[no-untyped-call]
 
     def arrived(self, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
         """Take the gradient in a layer's output."""
-        enough = inputs.dim() >= self._least[module]
-        for tensor in (inputs, gradients):
-            if not enough or tensor.shape[0] != self._records:
-                raise ModelRefused(
-                    f"{type(module).__name__} gets or returns a tensor of shape "
-                    f"{tuple(tensor.shape)} for {self._records} records: its first dimension must "
-                    "count the records"
-                )
+        shapes = (inputs.shape, gradients.shape)
+        if len(shapes[0]) < self._least[module] or not (
+            shapes[0][0] == shapes[1][0] == self._records
+        ):
+            raise ModelRefused(
+                f"{type(module).__name__} gets and returns tensors of shapes "
+                f"{tuple(shapes[0])} and {tuple(shapes[1])} for {self._records} records: their "
+                "first dimension must count the records"
+            )
         self._found += contributions(module, inputs, gradients)
 
 

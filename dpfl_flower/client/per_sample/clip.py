@@ -102,8 +102,11 @@ class Clip:
         """
         total = squares[0] if len(squares) == 1 else torch.stack(list(squares)).sum(0)
         norms = total.sqrt()
-        kept = norms <= self.norm * _LIMIT  # false for nan
-        dropped = None if kept.device.type == "cpu" and bool(kept.all()) else ~kept
+        limit, dropped = self.norm * _LIMIT, None
+        # False for nan, which is the largest where there is one. A device would have to be awaited.
+        known = norms.device.type == "cpu" and len(norms) > 0
+        if not (known and float(norms.max()) <= limit):
+            dropped = ~(norms <= limit)
         if self.by_layer:
             bound = self.norm / math.sqrt(layers)
             factors = [self._factors(square.sqrt(), bound, dropped) for square in squares]

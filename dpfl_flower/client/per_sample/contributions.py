@@ -21,7 +21,7 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
-_LARGEST_INPUT: Final = 2.0**80
+LARGEST_INPUT: Final = 2.0**80
 _CHUNK: Final = 1 << 22  # numbers of float64 at once: 32 MiB
 
 
@@ -31,7 +31,7 @@ class Contribution(ABC):
     Attributes
     ----------
     parameters : tuple of Parameter
-        All of one layer.
+        Those of the layer, or of several small ones.
     """
 
     def __init__(self, parameters: tuple[nn.Parameter, ...]) -> None:
@@ -80,7 +80,7 @@ class Held(Contribution):
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix-vector product per parameter."""
         return [
-            (factors.to(g.dtype) @ _without(g, dropped)).view(p.shape)
+            (factors.to(g.dtype) @ without(g, dropped)).view(p.shape)
             for p, g in zip(self.parameters, self._gradients, strict=True)
         ]
 
@@ -108,35 +108,27 @@ class Outer(Contribution):
         self, parameters: tuple[nn.Parameter, ...], inputs: Tensor, gradients: Tensor
     ) -> None:
         super().__init__(parameters)
-        self._inputs, self._gradients = inputs, gradients
+        self.inputs, self.gradients = inputs, gradients
 
     def squares(self) -> Tensor:
         """Return ``|b|^2 (|a|^2 + 1)``, the 1 for the bias."""
-        return self.squares_of([self])[0]
-
-    @staticmethod
-    def squares_of(parts: Sequence["Outer"]) -> Tensor:
-        """Return the squares of several layers at once, one row each."""
-        inputs = torch.stack([norms(part._inputs) for part in parts])
-        inputs.masked_fill_(inputs > _LARGEST_INPUT, math.inf).square_()
-        biases = [len(part.parameters) > 1 for part in parts]
-        if all(biases):
-            inputs += 1
-        elif any(biases):
-            inputs[biases] += 1
-        return inputs.mul_(torch.stack([norms(part._gradients) for part in parts]).square_())
+        lengths = norms(self.inputs)
+        lengths.masked_fill_(lengths > LARGEST_INPUT, math.inf).square_()
+        if len(self.parameters) > 1:
+            lengths += 1
+        return lengths.mul_(squared_norms(self.gradients))
 
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix product, and one sum for the bias."""
-        gradients = _without(self._gradients, dropped)
+        gradients = without(self.gradients, dropped)
         scaled = gradients.t() * factors.to(gradients.dtype)
-        sums = [scaled @ _without(self._inputs, dropped)]
+        sums = [scaled @ without(self.inputs, dropped)]
         return sums if len(self.parameters) == 1 else [*sums, scaled.sum(1)]
 
     def held(self) -> list[Tensor]:
         """Return the outer products."""
-        outer = self._gradients.unsqueeze(2) * self._inputs.unsqueeze(1)
-        return [outer.flatten(1), self._gradients][: len(self.parameters)]
+        outer = self.gradients.unsqueeze(2) * self.inputs.unsqueeze(1)
+        return [outer.flatten(1), self.gradients][: len(self.parameters)]
 
 
 @final
@@ -181,7 +173,7 @@ class Ghost(Contribution):
         positions = a.shape[1]
         square = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2)).sum((1, 2)).clamp_(min=0)
         length = torch.linalg.vector_norm(a, dim=2)
-        length = length.masked_fill_(length > _LARGEST_INPUT, math.inf)
+        length = length.masked_fill_(length > LARGEST_INPUT, math.inf)
         spread = (length * torch.linalg.vector_norm(b, dim=2)).sum(1)
         rounding = (a.shape[2] + b.shape[2] + positions**2 + 4) * 2.0**-52
         square += rounding * spread.square()
@@ -197,9 +189,9 @@ class Ghost(Contribution):
 
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix product over records and positions, and one sum for the bias."""
-        gradients = _without(self._gradients, dropped)
+        gradients = without(self._gradients, dropped)
         scaled = (gradients * factors.to(gradients.dtype)[:, None, None]).flatten(0, 1)
-        inputs = _without(self._inputs, dropped).flatten(0, 1)
+        inputs = without(self._inputs, dropped).flatten(0, 1)
         sums = [(scaled.t() @ inputs).view(self.parameters[0].shape)]
         return sums if len(self.parameters) == 1 else [*sums, scaled.sum(0)]
 
@@ -260,15 +252,6 @@ class Rows(Contribution):
         return [tables.view(self._records, rows * wide)]
 
 
-def total_squares(parts: Sequence[Contribution]) -> Tensor:
-    """Return the sum of `Contribution.squares` over the parts, with less work for small layers."""
-    outer = [part for part in parts if isinstance(part, Outer)]
-    totals = [part.squares() for part in parts if not isinstance(part, Outer)]
-    if outer:
-        totals.append(Outer.squares_of(outer).sum(0))
-    return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-
-
 def norms(rows: Tensor) -> Tensor:
     """Return the L2 norm of each row, summed in float64.
 
@@ -283,8 +266,11 @@ def squared_norms(rows: Tensor) -> Tensor:
     return norms(rows).square_()
 
 
-def _without(rows: Tensor, dropped: Tensor | None) -> Tensor:
-    # Not by a factor 0: 0 * nan is nan.
+def without(rows: Tensor, dropped: Tensor | None) -> Tensor:
+    """Return ``rows`` with those of ``dropped`` at zero.
+
+    Not by a factor 0: 0 * nan is nan.
+    """
     if dropped is None:
         return rows
     return rows.masked_fill(dropped.view(-1, *(1,) * (rows.dim() - 1)), 0)

@@ -95,14 +95,14 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _trainable(module: nn.Module, *names: str) -> tuple[nn.Parameter, ...]:
-    named = module._parameters
-    found = (named.get(name) for name in names)
-    return tuple(p for p in found if p is not None and p.requires_grad)
+    found = [module._parameters.get(name) for name in names]
+    return tuple([p for p in found if p is not None and p.requires_grad])
 
 
 def _linear(module: nn.Linear, inputs: Tensor, gradients: Tensor) -> list[Contribution]:
-    if inputs.dim() == 2 and module.weight.requires_grad:
-        return [Outer(_trainable(module, "weight", "bias"), inputs, gradients)]
+    parameters = _trainable(module, "weight", "bias")
+    if inputs.dim() == 2 and parameters[0].dim() == 2:  # the weight's, if it is trained
+        return [Outer(parameters, inputs, gradients)]
     return _products(
         module,
         inputs.reshape(len(inputs), -1, inputs.shape[-1]),

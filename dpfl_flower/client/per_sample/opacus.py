@@ -175,7 +175,7 @@ def _require_one_each(gradients: int, records: int) -> None:
     if gradients != records:
         raise ModelRefused(
             f"Opacus sees {gradients} gradients for {records} records: the first dimension of what "
-            "a layer gets must count the records"
+            "a layer gets must count the records (batch_first=True)"
         )
 
 

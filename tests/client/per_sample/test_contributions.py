@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dpfl_flower.client import ModelRefused
 from dpfl_flower.client.per_example import Clip, ClipStyle, per_example_clipper
@@ -69,7 +70,7 @@ def test_a_dropped_record_leaves_no_trace(make, value):
     dropped[2] = True
     factors[2] = 0.0
     clean = part.weighted_sums(factors, dropped)
-    for name in ("_inputs", "_gradients", "_sums"):
+    for name in ("inputs", "gradients", "_inputs", "_gradients", "_sums"):
         tensors = getattr(part, name, None)
         for tensor in tensors if isinstance(tensors, list) else [tensors]:
             if tensor is not None and name != "_sums":
@@ -102,7 +103,7 @@ def test_positions_that_cancel_do_not_carry_a_record_past_the_clip_norm():
 
 def test_an_input_beyond_what_factors_can_scale_is_not_finite():
     part = outer()
-    part._inputs[1] = 3e38
+    part.inputs[1] = 3e38
     assert math.isinf(float(part.squares()[1]))
 
 
@@ -172,6 +173,34 @@ def test_layers_after_which_tensors_change_in_place_are_right_or_refused():
         pytest.raises(ModelRefused, match="changed in place"),
     ):
         clipper.clipped_sum(batch)
+
+
+class Recomputed(nn.Module):
+    """Uses one layer twice and another for nothing; the backward pass runs the middle again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.unused = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        self.unused(x)
+        x = checkpoint(lambda y: self.twice(torch.tanh(self.twice(y))), x, use_reentrant=False)
+        return self.last(x)
+
+
+def test_a_layer_counts_as_often_as_it_is_used_and_not_when_it_is_run_again():
+    model, batch = Recomputed().double(), [torch.randn(7, 5).double(), torch.randint(3, (7,))]
+    for style in ClipStyle:
+        with per_example_clipper(
+            model, CROSS_ENTROPY, clip_norm=0.5, engine="bookkeeping", style=style
+        ) as ours:
+            actual = ours.clipped_sum(batch)
+        with SingleClipper(model, CROSS_ENTROPY, clip=Clip(0.5, style)) as single:
+            expected = single.clipped_sum(batch)
+        off = norm([a - b for a, b in zip(actual, expected, strict=True)])
+        assert off <= 1e-9 * norm(expected)
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "hooks"])
