@@ -7,7 +7,8 @@ Traceback (most recent call last):
 dpfl_flower.client.errors.NodeError: rounds=9 must be <= 5, this node's policy
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -26,7 +27,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, epsilon
+from dpfl_flower.accounting import Ledger, PrivacyBudget, PrivacyUnit, epsilon
 from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer, app_failed
 from dpfl_flower.client.local_noise import LocalNoise
@@ -209,6 +210,11 @@ def _answer(
         bounded = BoundedSum(grid, clip_norm=noise.clip_norm)
     except (KeyError, TypeError, ValueError) as error:
         raise NodeError(NodeErrorCode.MALFORMED_REQUEST, str(error)) from error
+    law = noise.distribution(grid)
+    with _planned_ledger(plan, ledger, policy, law=law, width=grid.width) as opened:
+        # Refused before the app is asked: how long it takes is seen, and nobody is charged for it.
+        if opened.affordable(ledger.run, 1) < 1:
+            opened.charge(ledger.run)  # raises, and says why
     # The records may be those of other nodes' messages too: they are replaced, never changed.
     message.content = RecordDict({k: r for k, r in message.content.items() if k != records.LOCAL})
     if noise.unit is PrivacyUnit.NODE:
@@ -228,7 +234,6 @@ def _answer(
             integers = _sum_of(reply.content, grid)
     except (KeyError, TypeError, ValueError) as error:
         raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
-    law = noise.distribution(grid)
     claimed = _charge(plan, ledger, policy, law=law, width=grid.width)
     noisy = integers + law.sample(grid.width, secure())
     content = RecordDict({records.PRIVACY: claimed})
@@ -255,9 +260,11 @@ def _sum_of(content: RecordDict, grid: IntegerGrid) -> NDArray[np.int64]:
     return total
 
 
-def _charge(
+@contextmanager
+def _planned_ledger(
     plan: _Plan, node: NodeLedger, policy: NodePolicy, *, law: NoiseDistribution, width: int
-) -> ConfigRecord:
+) -> Iterator[Ledger]:
+    """Open the node's ledger with this run's plan in it, if the policy allows one more round."""
     noise = plan.noise
     multiplier = noise.resolve_noise_multiplier()
     variation = law.total_variation * width
@@ -280,6 +287,13 @@ def _charge(
             durable=ledger.durable and node.chosen_by_node,
         )
         ledger.plan(node.run, event, noise.rounds, total_variation=variation)
-        request = plan.request
+        yield ledger
+
+
+def _charge(
+    plan: _Plan, node: NodeLedger, policy: NodePolicy, *, law: NoiseDistribution, width: int
+) -> ConfigRecord:
+    request = plan.request
+    with _planned_ledger(plan, node, policy, law=law, width=width) as ledger:
         ledger.charge(node.run, note=None if request is None else {"round": request.server_round})
         return claim(ledger)

@@ -158,6 +158,43 @@ def test_a_run_that_has_begun_gets_no_other_noise(changed, durable, tmp_path):
         assert releases(path, noise(), "phone") == 1
 
 
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("spent", ["rounds", "budget", "policy"])
+def test_what_a_node_cannot_charge_it_does_not_train_for(spent, durable, tmp_path):
+    # Else a server could time one fresh sample after the other, and no ledger would show it.
+    asked = []
+
+    def train(received, ctx):
+        del ctx
+        asked.append(received)
+        return type(received)(
+            RecordDict({"arrays": received.content[records.ARRAYS]}), reply_to=received
+        )
+
+    config = {"ledger_path": str(tmp_path / "ledger.jsonl")} if durable else {}
+    if spent == "policy":
+        config |= {"max_epsilon": 3.0, "max_delta": 1e-4}  # one release is 4.4; no file, none
+    ctx = context(**config)
+    local = noise(rounds=2 if spent == "rounds" else 9)
+    ask = question(local)
+    if spent == "budget":
+        request = LocalRequest(noise=local, dimension=SIZE, server_round=1, budget_epsilon=8.0)
+        ask.content[records.LOCAL] = request.to_config()
+    content = ask.content
+    replies = []
+    for _ in range(4):
+        ask.content = RecordDict(dict(content))
+        replies.append(local_noise_mod(dataset="phone")(ask, ctx, train))
+    answered = sum(not reply.has_error() for reply in replies)
+    assert answered == len(asked) == {"rounds": 2, "budget": 2, "policy": 0}[spent]
+    code = {
+        "rounds": NodeErrorCode.LEDGER_REFUSED,
+        "budget": NodeErrorCode.BUDGET_EXHAUSTED,
+        "policy": NodeErrorCode.POLICY_REFUSED,
+    }[spent]
+    assert replies[-1].error.code == code
+
+
 def test_an_app_that_says_what_its_units_are_takes_no_other_word_for_it(tmp_path):
     path = str(tmp_path / "ledger.jsonl")
     client = user_cohort_app(cohort_fn, mods=[local_noise_mod(dataset="patients", unit="user")])
