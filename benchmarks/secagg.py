@@ -284,6 +284,7 @@ class Ours:
             state, reply = node.share_keys(state, request, rules)
         elif request.stage == 3:
             state = node.accept_shares(state, request, rules)
+            assert terms_of(self.task) == state.terms
             made = contribution_for(
                 self.task, {}, width=state.width, bits=state.bits, lanes=state.lanes
             )
@@ -298,7 +299,8 @@ class Ours:
             self.one_stage(1, self.before[stage], requests[1])
 
     def server(self) -> None:
-        """All stages of the server, from keys to sum, requests written and replies read."""
+        """All stages of the server, from terms to sum, requests written and replies read."""
+        terms_of(self.task)
         for exchange in self.stages:
             _ = exchange.requests
             exchange.receive(self.replies[exchange.stage])

@@ -24,6 +24,8 @@ def _number(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
+    if type(value) is int:  # nearly always, and ten times as fast as asking an abstract class
+        return True
     return isinstance(value, Integral) and not isinstance(value, (bool, str))
 
 

@@ -1,4 +1,32 @@
 """What all tests share."""
 
+from pathlib import Path
+
+import pytest
+
 # Helpers are imported, never collected: one of them silences logging on import.
 collect_ignore_glob = ["support/*"]
+
+_HERE = Path(__file__).parent
+
+# These run the same lines thousands of times, and each line traced takes as long again as most
+# do. What they run is covered by the tests beside it, which `make test` holds to 95 %.
+_UNTRACED = tuple(
+    _HERE / path
+    for path in (
+        "contracts",
+        "client/users/test_engines.py",
+        "distributed/test_plan.py",
+        "noise/test_opendp.py",
+        "secagg/test_hostile_inputs.py",
+        "secagg/test_protocol.py",
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave repetitive tests untraced, and start first what waits for other processes."""
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in _UNTRACED):
+            item.add_marker("no_cover")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -7,6 +7,7 @@ ValueError: min_cohort=1 must be >= 2: a sum of one is no sum
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dpfl_flower import checks
 from dpfl_flower.secagg.messages import PeerKeys, Token
@@ -121,7 +122,7 @@ class NodeState:
     held: tuple[HeldShares, ...] = ()
     survivors: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def session(self) -> Session:
         """The round of the run, bound to its terms and to how vectors become words."""
         told = Session(self.run_id, self.server_round, self.terms)

@@ -8,6 +8,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ class RoundPlan:
         """How the vectors become words."""
         return encoding_of(self.bits, self.lanes)
 
-    @property
+    @cached_property
     def bound_session(self) -> Session:
         """What labels hold: the session, bound to how the vectors become words."""
         return self.session.of_words(self.width, self.bits, self.lanes)
