@@ -18,6 +18,7 @@ from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.secure_aggregation import secure_aggregation_mod
+from dpfl_flower.client.stacked_dp_sgd import StackedDPSGD, StackedOutcome
 
 __all__ = [
     "NODE_LOGGER",
@@ -36,6 +37,8 @@ __all__ = [
     "NoiseShare",
     "OptimizerFactory",
     "SharePolicy",
+    "StackedDPSGD",
+    "StackedOutcome",
     "ckks_mod",
     "guard_mod",
     "guarded",
