@@ -117,8 +117,9 @@ def _unusual(model: nn.Module) -> str | None:
         "two layers share a parameter": len({*map(id, held)}) < len(held),
         "there are buffers": any(True for _ in model.buffers()),
         "a layer has parameters beside its own": not names <= {"weight", "bias"},
-        f"there are parameters of {sorted(map(str, dtypes))}, not of float32 or float64": dtypes
-        not in ({torch.float32}, {torch.float64}),
+        f"parameters of {sorted(map(str, dtypes))} are not all float32 or all float64": (
+            dtypes not in ({torch.float32}, {torch.float64})
+        ),
         "a layer has hooks, or a forward that is not its class's": any(
             "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
             for m in modules
