@@ -14,6 +14,7 @@ from dpfl_flower.client.errors import (
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise, local_noise_mod
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
+from dpfl_flower.client.noise_source import NoiseSource
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.per_example import ClipStyle, GradientEngine
 from dpfl_flower.client.policy import NodePolicy
@@ -35,6 +36,7 @@ __all__ = [
     "NodeLedger",
     "NodePolicy",
     "NoiseShare",
+    "NoiseSource",
     "OptimizerFactory",
     "SharePolicy",
     "StackedDPSGD",

@@ -37,6 +37,7 @@ from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.engine_choice import choose_engine
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.node_ledger import NodeLedger
+from dpfl_flower.client.noise_source import require_noise_source
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
@@ -120,7 +121,8 @@ class DPSGDClient(NumPyClient):
     ModelRefused
         If the model cannot be trained record by record; see `require_trainable`.
     ValueError
-        If a ``target_epsilon`` is to be met with a seeded ``rng``.
+        If a ``target_epsilon`` is to be met with a seeded ``rng``, or noise is to be drawn on a
+        device that is not CUDA.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class DPSGDClient(NumPyClient):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
+        require_noise_source(config.noise_source, self._device)
         self._model = model.to(self._device)
         self._records = RecordSet(dataset, self._device)
         self._config = config
@@ -226,6 +229,7 @@ class DPSGDClient(NumPyClient):
             config.expected_batch_size,
             self._rng,
             steps=config.steps_per_round,
+            source=config.noise_source,
         )
         self._model.train()
         with (

@@ -17,6 +17,7 @@ from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
 from dpfl_flower.client.clip_norms import ClipNorms
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.node_ledger import NodeLedger, claim
+from dpfl_flower.client.noise_source import charge_note
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.rng import RandomSource, secure
@@ -77,6 +78,7 @@ def charge_round(
             epsilon=spent_after,
             delta=opened.delta,
             durable=opened.durable and ledger.chosen_by_node,
+            cryptographic=config.noise_source.cryptographic,
         )
         opened.plan(
             ledger.run,
@@ -85,5 +87,5 @@ def charge_round(
             max_charge=config.steps_per_round,
             total_variation=astray,
         )
-        opened.charge(ledger.run, config.steps_per_round)
+        opened.charge(ledger.run, config.steps_per_round, charge_note(config.noise_source))
         return claim(opened)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower import checks
+from dpfl_flower.client.device_noise import draw_on_device
+from dpfl_flower.client.noise_source import NoiseSource, require_noise_source
 from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.rng import RandomSource, secure
 
@@ -50,10 +52,18 @@ class NoisyGradient:
         Where dither and noise come from.
     steps : int
         How many sums there will be: of so many the noise may be drawn at once.
+    source : NoiseSource
+        ``DEVICE_PHILOX`` draws both on the sums' CUDA device, not cryptographically.
     """
 
     def __init__(
-        self, noise_multiplier: float, divisor: float, rng: RandomSource, *, steps: int = 1
+        self,
+        noise_multiplier: float,
+        divisor: float,
+        rng: RandomSource,
+        *,
+        steps: int = 1,
+        source: NoiseSource = NoiseSource.HOST,
     ) -> None:
         checks.non_negative(noise_multiplier=noise_multiplier)
         checks.positive(divisor=divisor)
@@ -62,6 +72,7 @@ class NoisyGradient:
         self._divisor = divisor
         self._rng = rng
         self._steps = steps
+        self._source = NoiseSource(source)
         self._drawn: list[tuple[Tensor, Tensor]] = []
         self._process = os.getpid()
 
@@ -105,6 +116,9 @@ class NoisyGradient:
         return cells.mul_(unit / self._divisor).to(flat.dtype)
 
     def _next(self, grid: SumGrid, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._source is NoiseSource.DEVICE_PHILOX:
+            require_noise_source(self._source, device)
+            return draw_on_device(grid.noise_units, n, device, self._rng)
         if self._process != os.getpid():
             self._process, self._drawn = os.getpid(), []
         if not self._drawn or self._drawn[-1][0].numel() != n:

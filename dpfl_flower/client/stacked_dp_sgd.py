@@ -124,7 +124,8 @@ class StackedDPSGD:
         If a model cannot be trained record by record.
     ValueError
         If there is not one data set and one ledger per model, two models share a parameter or a
-        data set, or a ``target_epsilon`` is to be met with a seeded ``rng``.
+        data set, a ``target_epsilon`` is to be met with a seeded ``rng``, or noise is to be drawn
+        on a device that is not CUDA.
     """
 
     def __init__(
@@ -261,7 +262,11 @@ class StackedDPSGD:
         clipper, sample = self._stack(charged)
         records = [self._records[index] for index in charged]
         release = NoisyGradient(
-            noise_multiplier, config.expected_batch_size, self._rng, steps=config.steps_per_round
+            noise_multiplier,
+            config.expected_batch_size,
+            self._rng,
+            steps=config.steps_per_round,
+            source=config.noise_source,
         )
         optimizers = merged(self._optimizer, clipper.parameters)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):

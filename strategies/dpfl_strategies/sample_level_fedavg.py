@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 from dpfl_flower.layout import ArrayLayout
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
@@ -243,7 +243,9 @@ class SampleLevelFedAvg(Strategy):
 
     def _progress(self, server_round: int) -> str:
         claimed = max((claim.claimed for claim in self._claims.values()), default=0.0)
-        return f"worst node at epsilon {rounded_up(claimed)}"
+        cryptographic = all(claim.cryptographic for claim in self._claims.values())
+        caveat = noise_caveat(cryptographic=cryptographic)
+        return f"worst node at epsilon {rounded_up(claimed)}{caveat}"
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -284,5 +284,6 @@ class StackedClipper:
         """Copy what was trained into the models."""
         with torch.no_grad():
             for model, parameters in zip(self._models, self.parameters, strict=True):
-                trained = [p for p in model.parameters() if p.requires_grad]
-                torch._foreach_copy_(trained, parameters)
+                trained = (p for p in model.parameters() if p.requires_grad)
+                for parameter, own in zip(trained, parameters, strict=True):
+                    parameter.copy_(own)
