@@ -153,6 +153,31 @@ def test_a_clients_noise_is_full_sized_and_fresh_in_each_step(cpu_as_device):
     assert abs(np.corrcoef(moves)[0, 1]) < 6 / math.sqrt(D)
 
 
+def test_stacked_models_have_noise_of_their_own(cpu_as_device):
+    models = [nn.Sequential(nn.Linear(D, 1, bias=False)) for _ in range(2)]
+    before = [model[0].weight.detach().double().clone() for model in models]
+    stack = StackedDPSGD(
+        models,
+        [TensorDataset(torch.zeros(3, D), torch.ones(3)) for _ in models],
+        config=configured(steps_per_round=1),
+        loss_fn=column,
+        optimizer=sgd,
+        ledgers=[NodeLedger("a"), NodeLedger("b")],
+        example=(torch.zeros(D), torch.tensor(0.0)),
+        policy=ALLOWED,
+        device="cpu",
+    )
+    assert stack.stacked
+    outcomes = stack.train()
+    moves = [
+        (m[0].weight.detach() - b).numpy().ravel() for m, b in zip(models, before, strict=True)
+    ]
+    for move, outcome in zip(moves, outcomes, strict=True):
+        assert abs(move.std() / 0.75 - 1) < 6 / math.sqrt(2 * D)
+        assert SAYS in outcome.claim["statement"]
+    assert abs(np.corrcoef(moves)[0, 1]) < 6 / math.sqrt(D)
+
+
 # What is said.
 
 
