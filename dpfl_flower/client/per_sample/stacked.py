@@ -121,7 +121,11 @@ def _unusual(model: nn.Module) -> str | None:
             dtypes not in ({torch.float32}, {torch.float64})
         ),
         "a layer has hooks, or a forward that is not its class's": any(
-            "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+            "forward" in vars(m)
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
             for m in modules
         ),
     }
