@@ -26,6 +26,7 @@ LEDGER_PATH: Final = "ledger-path"
 MIN_NOISE_MULTIPLIER: Final = "min-noise-multiplier"
 MAX_EPSILON: Final = "max-epsilon"
 MAX_DELTA: Final = "max-delta"
+ALLOW_DEVICE_NOISE: Final = "allow-device-noise"
 MIN_SHARE_MULTIPLIER: Final = "min-share-multiplier"
 MAX_ROUNDS: Final = "max-rounds"
 

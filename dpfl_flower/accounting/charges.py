@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from dpfl_flower.accounting.accountant import Price, epsilon
 from dpfl_flower.accounting.dominance import dearest
@@ -89,11 +90,8 @@ class Charges:
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of everything charged."""
         if delta not in self._epsilons:
-            self._epsilons[delta] = epsilon(
-                self.events(),
-                delta=delta,
-                relation=self._relation,
-                total_variation=self.total_variation,
+            self._epsilons[delta] = _priced(
+                tuple(self.events()), delta, self._relation, self.total_variation
             )
         return self._epsilons[delta]
 
@@ -143,6 +141,14 @@ class Charges:
         """Return the total variation bound of so many releases of each run, and torn lines."""
         runs = sum(self._plans[run].total_variation * n for run, n in counts.items())
         return runs + self._torn_variation
+
+
+@lru_cache(maxsize=64)
+def _priced(
+    events: tuple[Event, ...], delta: float, relation: Relation, total_variation: float
+) -> float:
+    # A node with many data sets charges the same to each of them.
+    return epsilon(events, delta=delta, relation=relation, total_variation=total_variation)
 
 
 def _times(event: Event, count: int) -> Event:

@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dpfl_flower.accounting.accountant import require_supported
 from dpfl_flower.accounting.budget import PrivacyBudget
@@ -33,7 +33,10 @@ from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.accounting.units import PrivacyUnit, Relation
 from dpfl_flower.checks import non_negative, non_negative_int, positive_int
 
-__all__ = ["Ledger", "LedgerPosition", "Plan"]
+__all__ = ["NOISE_NOTE", "Ledger", "LedgerPosition", "Plan"]
+
+NOISE_NOTE: Final = "noise"
+"""The key of a charge's note that says how its noise falls short of cryptographic noise."""
 
 
 class Ledger:
@@ -58,6 +61,7 @@ class Ledger:
         self._closed = False
         self._charges = Charges(delta=terms.delta, relation=terms.relation)
         self._recorded_budget: float | None = None
+        self._cryptographic = True
 
     @classmethod
     def open(
@@ -219,6 +223,8 @@ class Ledger:
     ) -> LedgerPosition:
         """Charge ``count`` releases of a run; after this returns, they may be released.
 
+        A ``note`` under `NOISE_NOTE` says that their noise is not cryptographic, and why.
+
         Raises
         ------
         ValueError
@@ -271,6 +277,11 @@ class Ledger:
         return self._charges.total_variation
 
     @property
+    def cryptographic(self) -> bool:
+        """Whether no charge's note says that its noise is not cryptographic."""
+        return self._cryptographic
+
+    @property
     def releases(self) -> int:
         """How many releases were charged, torn lines included."""
         return self._charges.releases
@@ -290,6 +301,7 @@ class Ledger:
             dataset=self.dataset,
             releases=self.releases,
             durable=self.durable,
+            cryptographic=self.cryptographic,
         )
 
     def close(self) -> None:
@@ -340,6 +352,7 @@ class Ledger:
                     self._charges.add_plan(Plan.from_json(entry.record))
                 case {"kind": "charge", "run": run, "count": count}:
                     self._charges.add_charge(run, count)
+                    self._cryptographic &= NOISE_NOTE not in entry.record.get("note", {})
                 case _:
                     raise ValueError("unknown kind of line")
         except (KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,11 @@ _THREE_DIGITS_UP = Context(prec=3, rounding=ROUND_CEILING)
 
 @dataclass(frozen=True)
 class PrivacyStatement:
-    """What was spent, on whose data, for whom, under which relation, by how many releases."""
+    """What was spent, on whose data, for whom, under which relation, by how many releases.
+
+    ``cryptographic`` is False where some noise came from a generator that is not: then epsilon
+    holds only against whoever does not see through that generator, and the sentence says so.
+    """
 
     epsilon: float
     delta: float
@@ -25,6 +29,7 @@ class PrivacyStatement:
     dataset: str
     releases: int
     durable: bool
+    cryptographic: bool = True
 
     def __str__(self) -> str:
         noun = "release" if self.releases == 1 else "releases"
@@ -32,7 +37,17 @@ class PrivacyStatement:
             f"epsilon {rounded_up(self.epsilon)} at delta {self.delta:g} for each {self.unit} "
             f'({self.relation}) of data set "{self.dataset}" after {self.releases} {noun}'
         )
-        return sentence if self.durable else f"{sentence}; this run only"
+        scope = "" if self.durable else "; this run only"
+        return f"{sentence}{scope}{noise_caveat(cryptographic=self.cryptographic)}"
+
+
+def noise_caveat(*, cryptographic: bool) -> str:
+    """Return what is to be said after an epsilon about its noise.
+
+    >>> noise_caveat(cryptographic=False)
+    '; noise not cryptographic'
+    """
+    return "" if cryptographic else "; noise not cryptographic"
 
 
 def rounded_up(epsilon: float) -> str:

@@ -19,6 +19,7 @@ from dpfl_flower.client.local_answer import LocalPolicy, local_noise_mod
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_share import NoiseShare, SharePolicy, noise_share_mod
+from dpfl_flower.client.noise_source import NoiseSource
 from dpfl_flower.client.numpy_client import ClaimsPrivacy, numpy_client_app
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.secure_aggregation import secure_aggregation_mod
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
     from dpfl_flower.client.dp_sgd_config import DPSGDConfig
     from dpfl_flower.client.per_example import ClipStyle, GradientEngine
+    from dpfl_flower.client.stacked_dp_sgd import StackedDPSGD, StackedOutcome
 else:
     __getattr__ = attributes_from(
         __name__,
@@ -37,6 +39,8 @@ else:
             "DPSGDConfig": "dp_sgd_config",
             "GradientEngine": "per_example",
             "OptimizerFactory": "dp_sgd",
+            "StackedDPSGD": "stacked_dp_sgd",
+            "StackedOutcome": "stacked_dp_sgd",
         },
     )
 
@@ -56,8 +60,11 @@ __all__ = [
     "NodeLedger",
     "NodePolicy",
     "NoiseShare",
+    "NoiseSource",
     "OptimizerFactory",
     "SharePolicy",
+    "StackedDPSGD",
+    "StackedOutcome",
     "ckks_mod",
     "guard_mod",
     "guarded",

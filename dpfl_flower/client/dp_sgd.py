@@ -19,9 +19,8 @@
 False
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,20 +29,21 @@ from flwr.client import NumPyClient
 from flwr.common import Config, NDArrays, Scalar
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset
 
-from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
 from dpfl_flower.client.clip_norms import ClipNorms
+from dpfl_flower.client.dp_sgd_charge import charge_round, resolve_noise
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.engine_choice import choose_engine
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
-from dpfl_flower.client.node_ledger import NodeLedger, claim
+from dpfl_flower.client.node_ledger import NodeLedger
+from dpfl_flower.client.noise_source import require_noise_source
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
 from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.record_set import RecordSet
 from dpfl_flower.client.sample_sum import SampleSum
 from dpfl_flower.client.separable import require_trainable, restored_buffers
-from dpfl_flower.client.sum_grid import most_total_variation
 from dpfl_flower.client.torch_seed import seed_torch
 from dpfl_flower.rng import RandomSource, secure
 
@@ -121,7 +121,8 @@ class DPSGDClient(NumPyClient):
     ModelRefused
         If the model cannot be trained record by record; see `require_trainable`.
     ValueError
-        If a ``target_epsilon`` is to be met with a seeded ``rng``.
+        If a ``target_epsilon`` is to be met with a seeded ``rng``, or noise is to be drawn on a
+        device that is not CUDA.
     """
 
     def __init__(
@@ -149,8 +150,9 @@ class DPSGDClient(NumPyClient):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
+        require_noise_source(config.noise_source, self._device)
         self._model = model.to(self._device)
-        self._dataset = dataset
+        self._records = RecordSet(dataset, self._device)
         self._config = config
         self._loss_fn = loss_fn
         self._optimizer = optimizer
@@ -178,11 +180,15 @@ class DPSGDClient(NumPyClient):
         self._load(parameters)
         clipper = self._choose_clipper()
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        # The grid of the step is not known yet: no table strays further than the largest one's.
-        noise_multiplier = self._config.resolve_noise_multiplier(
-            total_variation=most_total_variation(trained)
+        noise_multiplier = resolve_noise(self._config, trained)
+        self._claim = charge_round(
+            self._config,
+            self._ledger,
+            self._policy,
+            noise_multiplier=noise_multiplier,
+            dimension=trained,
+            rng=self._rng,
         )
-        self._claim = self._charge(noise_multiplier, trained)
         self._train(clipper, noise_multiplier)
         return self.get_parameters(config), self._config.weight, {}
 
@@ -207,57 +213,11 @@ class DPSGDClient(NumPyClient):
     def _choose_clipper(self) -> type[PerExampleClipper]:
         if self._clipper is None:
             public = self._example is not None
-            example = self._example if public else self._first_example()
+            example = self._example if public else self._records.first()
             self._clipper = choose_engine(
                 self._model, self._loss_fn, self._engine, example, public=public
             )
         return self._clipper
-
-    def _first_example(self) -> Sequence[Tensor] | None:
-        # The first record that can be read, for its shapes and dtypes.
-        for index in range(len(cast(Sized, self._dataset))):
-            with contextlib.suppress(Exception):  # logged when it is trained on
-                return self._records([index])
-        return None
-
-    def _charge(self, noise_multiplier: float, dimension: int) -> ConfigRecord:
-        config, run = self._config, self._ledger.run
-        clip_norms = ClipNorms(
-            config, self._ledger, noise_multiplier=noise_multiplier, rng=self._rng
-        )
-        astray = clip_norms.total_variation(dimension)
-        # Noise that a seed reproduces can be subtracted: it is charged as none.
-        charged = noise_multiplier if self._rng.protects else 0.0
-        step = config.event(charged)
-        with self._ledger.open(
-            delta=config.delta,
-            unit=PrivacyUnit.EXAMPLE,
-            relation=config.relation,
-            budget=config.budget,
-        ) as ledger:
-            spent_after = 0.0
-            if self._policy.max_epsilon is not None:
-                spent_after = epsilon(
-                    [*ledger.events(), Composed(step, config.steps_per_round)],
-                    delta=ledger.delta,
-                    relation=ledger.relation,
-                    total_variation=ledger.total_variation + astray * config.steps_per_round,
-                )
-            self._policy.check(
-                noise_multiplier=charged,
-                epsilon=spent_after,
-                delta=ledger.delta,
-                durable=ledger.durable and self._ledger.chosen_by_node,
-            )
-            ledger.plan(
-                run,
-                step,
-                config.planned_steps,
-                max_charge=config.steps_per_round,
-                total_variation=astray,
-            )
-            ledger.charge(run, config.steps_per_round)
-            return claim(ledger)
 
     def _train(self, kind: type[PerExampleClipper], noise_multiplier: float) -> None:
         config = self._config
@@ -269,6 +229,7 @@ class DPSGDClient(NumPyClient):
             config.expected_batch_size,
             self._rng,
             steps=config.steps_per_round,
+            source=config.noise_source,
         )
         self._model.train()
         with (
@@ -283,8 +244,10 @@ class DPSGDClient(NumPyClient):
             optimizer = self._optimizer(clipper.parameters)
             for _ in range(config.steps_per_round):
                 clipper.clip = Clip(clip_norms.current, config.clip_style)
-                sample = SampleSum(clipper, self._records)
-                for indices in self._sample():
+                sample = SampleSum(clipper, self._records.gather)
+                for indices in self._records.sample(
+                    config.sampling_rate, self._rng, at_most=config.max_physical_batch_size
+                ):
                     # Dropout masks that somebody can foretell would tie records to their places.
                     seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"))
                     with restored_buffers(self._model):
@@ -295,22 +258,6 @@ class DPSGDClient(NumPyClient):
                     parameter.grad = gradient.to(parameter.dtype)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-
-    def _sample(self) -> Iterator[Sequence[int]]:
-        coins = self._rng.coins(self._config.sampling_rate, len(cast(Sized, self._dataset)))
-        chosen = np.flatnonzero(coins)
-        size = self._config.max_physical_batch_size
-        for start in range(0, len(chosen), size):
-            yield chosen[start : start + size].tolist()
-
-    def _records(self, indices: Sequence[int]) -> list[Tensor]:
-        return [tensor.to(self._device) for tensor in self._gather(indices)]
-
-    def _gather(self, indices: Sequence[int]) -> Sequence[Tensor]:
-        if isinstance(self._dataset, TensorDataset):
-            return [tensor[indices] for tensor in self._dataset.tensors]
-        items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
-        return items
 
 
 def _one(part: Tensor | NDArray[Any], device: torch.device) -> Tensor:

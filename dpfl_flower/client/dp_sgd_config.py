@@ -25,6 +25,7 @@ from dpfl_flower.accounting import (
     Relation,
     calibrate_event,
 )
+from dpfl_flower.client.noise_source import NoiseSource
 from dpfl_flower.client.per_example import ClipStyle
 from dpfl_flower.clipping import AdaptiveClipping
 
@@ -70,6 +71,9 @@ class DPSGDConfig:
         Run the model in bfloat16 where torch's autocast does. Norms, sums and noise are not.
     max_physical_batch_size : int
         The most records in memory at once; a larger sample is summed in parts.
+    noise_source : NoiseSource
+        ``device-philox`` draws the noise on gradients on a CUDA device: faster for large models,
+        and not cryptographic, which is said wherever epsilon is. Only for nodes that allow it.
 
     Raises
     ------
@@ -91,6 +95,7 @@ class DPSGDConfig:
     clip_style: ClipStyle = ClipStyle.FLAT
     mixed_precision: bool = False
     max_physical_batch_size: int = 64
+    noise_source: NoiseSource = NoiseSource.HOST
 
     def __post_init__(self) -> None:
         checks.fraction(sampling_rate=self.sampling_rate)
@@ -118,6 +123,7 @@ class DPSGDConfig:
             checks.positive(target_epsilon=self.target_epsilon)
         object.__setattr__(self, "relation", Relation(self.relation))
         object.__setattr__(self, "clip_style", ClipStyle(self.clip_style))
+        object.__setattr__(self, "noise_source", NoiseSource(self.noise_source))
         if self.adaptive_clipping is not None:
             self._check_adaptive_clipping(self.adaptive_clipping)
 

@@ -35,6 +35,7 @@ from dpfl_flower.accounting import (
     Relation,
     events_to_json,
 )
+from dpfl_flower.accounting.ledger import NOISE_NOTE
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 
@@ -165,9 +166,10 @@ class NodeLedger:
             total_variation=plan.total_variation,
         )
         charged = int(str(record["charged"]))
+        note = {} if record.get("cryptographic", True) else {NOISE_NOTE: "not cryptographic"}
         while charged:
             part = min(charged, plan.max_charge)
-            ledger.charge(plan.run, part)
+            ledger.charge(plan.run, part, note)
             charged -= part
 
     def _recorded_budget(
@@ -200,6 +202,7 @@ class NodeLedger:
                     "header": json.dumps(header),
                     "plan": json.dumps(plan.to_json()),
                     "charged": ledger.releases,
+                    "cryptographic": ledger.cryptographic,
                 }
             )
 
@@ -208,8 +211,8 @@ def claim(ledger: Ledger) -> ConfigRecord:
     """Return what a node says in public about all that its data set has spent.
 
     ``epsilon``, ``delta``, ``unit``, ``relation``, ``dataset``; ``durable``, False where the claim
-    covers this run only; ``events``, from which anyone can compute epsilon anew; ``statement``, all
-    of it in one sentence.
+    covers this run only; ``cryptographic``, False where some of the noise was not; ``events``, from
+    which anyone can compute epsilon anew; ``statement``, all of it in one sentence.
     """
     spent = ledger.spent()
     return ConfigRecord(
@@ -220,6 +223,7 @@ def claim(ledger: Ledger) -> ConfigRecord:
             "relation": spent.relation.value,
             "dataset": spent.dataset,
             "durable": spent.durable,
+            "cryptographic": spent.cryptographic,
             "events": events_to_json(ledger.events()),
             "statement": str(spent),
         }

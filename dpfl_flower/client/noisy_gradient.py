@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower import checks
+from dpfl_flower.client.device_noise import draw_on_device
+from dpfl_flower.client.noise_source import NoiseSource, require_noise_source
 from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.rng import RandomSource, secure
 
@@ -50,10 +52,18 @@ class NoisyGradient:
         Where dither and noise come from.
     steps : int
         How many sums there will be: of so many the noise may be drawn at once.
+    source : NoiseSource
+        ``DEVICE_PHILOX`` draws both on the sums' CUDA device, not cryptographically.
     """
 
     def __init__(
-        self, noise_multiplier: float, divisor: float, rng: RandomSource, *, steps: int = 1
+        self,
+        noise_multiplier: float,
+        divisor: float,
+        rng: RandomSource,
+        *,
+        steps: int = 1,
+        source: NoiseSource = NoiseSource.HOST,
     ) -> None:
         checks.non_negative(noise_multiplier=noise_multiplier)
         checks.positive(divisor=divisor)
@@ -62,6 +72,7 @@ class NoisyGradient:
         self._divisor = divisor
         self._rng = rng
         self._steps = steps
+        self._source = NoiseSource(source)
         self._drawn: list[tuple[Tensor, Tensor]] = []
         self._process = os.getpid()
 
@@ -78,18 +89,40 @@ class NoisyGradient:
         if self.noise_multiplier == 0:
             return [tensor / self._divisor for tensor in total]
         flat: Tensor = _flatten_dense_tensors(list(total))  # type: ignore[no-untyped-call]
-        grid = sum_grid(self.noise_multiplier, flat.numel())
-        dither, noise = self._next(grid, flat.device)
-        unit = clip_norm / grid.clip_units
-        cells = dither.add_(flat, alpha=1 / unit).floor_().add_(noise)
-        noisy = cells.mul_(unit / self._divisor).to(flat.dtype)
+        noisy = self._noisy(flat, flat.numel(), clip_norm)
         return list(_unflatten_dense_tensors(noisy, total))  # type: ignore[no-untyped-call]
 
-    def _next(self, grid: SumGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rows(self, totals: Tensor, *, clip_norm: float) -> Tensor:
+        """Return the noisy means of several sums, each with noise of its own.
+
+        Parameters
+        ----------
+        totals : Tensor
+            Of shape ``(sums, entries)``: one example moves one row, by at most ``clip_norm``. As
+            many each time.
+        clip_norm : float
+            In the units of the sums.
+        """
+        if self.noise_multiplier == 0:
+            return totals / self._divisor
+        return self._noisy(totals.flatten(), totals.shape[1], clip_norm).view_as(totals)
+
+    def _noisy(self, flat: Tensor, dimension: int, clip_norm: float) -> Tensor:
+        # One sum with ``dimension`` entries after the other: each entry has draws of its own.
+        grid = sum_grid(self.noise_multiplier, dimension)
+        dither, noise = self._next(grid, flat.numel(), flat.device)
+        unit = clip_norm / grid.clip_units
+        cells = dither.add_(flat, alpha=1 / unit).floor_().add_(noise)
+        return cells.mul_(unit / self._divisor).to(flat.dtype)
+
+    def _next(self, grid: SumGrid, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._source is NoiseSource.DEVICE_PHILOX:
+            require_noise_source(self._source, device)
+            return draw_on_device(grid.noise_units, n, device, self._rng)
         if self._process != os.getpid():
             self._process, self._drawn = os.getpid(), []
-        if not self._drawn or self._drawn[-1][0].numel() != grid.dimension:
-            self._drawn = self._draw(grid, max(1, min(self._steps, _AT_ONCE // grid.dimension)))
+        if not self._drawn or self._drawn[-1][0].numel() != n:
+            self._drawn = self._draw(grid, n, max(1, min(self._steps, _AT_ONCE // n)))
         dither, noise = self._drawn.pop()
         self._steps = max(1, self._steps - 1)
         if device.type == "cuda":
@@ -97,14 +130,14 @@ class NoisyGradient:
             noise = noise.pin_memory().to(device, non_blocking=True)
         return dither, noise
 
-    def _draw(self, grid: SumGrid, steps: int) -> list[tuple[Tensor, Tensor]]:
-        n = steps * grid.dimension
+    def _draw(self, grid: SumGrid, each: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+        n = steps * each
         # Odd multiples of 2^-33 in (0, 1): symmetric about 1/2.
         words = np.frombuffer(self._rng.random_bytes(4 * n), np.uint32)
         dither = torch.from_numpy((words.astype(np.float64) + 0.5) * _DITHER_STEP)
         # Integers below 2^53, so exact; adding up two dtypes would take twice as long.
         noise = torch.from_numpy(grid.noise.sample(n, self._rng)).double()
-        parts = (torch.split(dither, grid.dimension), torch.split(noise, grid.dimension))
+        parts = (torch.split(dither, each), torch.split(noise, each))
         return list(zip(*parts, strict=True))
 
 

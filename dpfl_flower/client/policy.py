@@ -35,6 +35,10 @@ class NodePolicy:
         The largest delta of a ledger at which ``max_epsilon`` means anything to the node: the two
         are given together.
 
+    allow_device_noise : bool
+        Whether noise may be drawn on the node's accelerator, which is not cryptographic: see
+        `NoiseSource`. Unless the node says so, it may not.
+
     Raises
     ------
     ValueError
@@ -45,6 +49,7 @@ class NodePolicy:
     min_noise_multiplier: float | None = None
     max_epsilon: float | None = None
     max_delta: float | None = None
+    allow_device_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.min_noise_multiplier is not None:
@@ -62,14 +67,16 @@ class NodePolicy:
 
     @classmethod
     def from_node_config(cls, node_config: Mapping[str, object]) -> Self:
-        """Read ``min-noise-multiplier``, ``max-epsilon`` and ``max-delta``.
+        """Read ``min-noise-multiplier``, ``max-epsilon``, ``max-delta``, ``allow-device-noise``.
 
-        A missing key is no bound; the last two are given together.
+        A missing key is no bound; the second and third are given together. The last is a boolean,
+        and False where it is missing.
         """
         return cls(
             min_noise_multiplier=_number(node_config, records.MIN_NOISE_MULTIPLIER),
             max_epsilon=_number(node_config, records.MAX_EPSILON),
             max_delta=_number(node_config, records.MAX_DELTA),
+            allow_device_noise=_boolean(node_config, records.ALLOW_DEVICE_NOISE),
         )
 
     def check(
@@ -79,17 +86,24 @@ class NodePolicy:
         epsilon: float,
         delta: float = 1.0,
         durable: bool = False,
+        cryptographic: bool = True,
     ) -> None:
         """Raise unless this node trains with ``noise_multiplier``, up to ``epsilon`` in all.
 
         ``delta`` is that of the ledger that the epsilon was read from, ``durable`` whether the node
         chose that ledger and it outlives the run; without them nothing is within ``max_epsilon``.
+        ``cryptographic`` is False for noise that is drawn on a device.
 
         Raises
         ------
         NodeError
             With the code POLICY_REFUSED.
         """
+        if not (cryptographic or self.allow_device_noise):
+            raise _refused(
+                "noise that is drawn on the device is not cryptographic: it needs "
+                f"{records.ALLOW_DEVICE_NOISE}=true in the node config"
+            )
         least = self.min_noise_multiplier
         if least is not None and not noise_multiplier >= least:
             raise _refused(f"noise_multiplier={noise_multiplier!r} must be >= {least!r}")
@@ -118,3 +132,10 @@ def _number(node_config: Mapping[str, object], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"node config {key}={value!r} must be a number")
     return float(value)
+
+
+def _boolean(node_config: Mapping[str, object], key: str) -> bool:
+    value = node_config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"node config {key}={value!r} must be true or false")
+    return value

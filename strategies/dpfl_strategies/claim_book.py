@@ -48,6 +48,11 @@ class ClaimBook:
         """The largest epsilon that a node wrote, 0 where none did."""
         return max((claim.claimed for claim in self._claims.values()), default=0.0)
 
+    @property
+    def cryptographic(self) -> bool:
+        """Whether every node says that all of its noise came from a cryptographic generator."""
+        return all(claim.cryptographic for claim in self._claims.values())
+
     def read(self, reply: Message) -> NodeClaim | None:
         """Take in a reply's claim and return it; None where it holds none that can be read."""
         node = reply.metadata.src_node_id

@@ -23,7 +23,7 @@ from dpfl_flower.accounting import (
 )
 from dpfl_flower.accounting.accountant import quick_epsilon, require_supported
 from dpfl_flower.accounting.events import count_events
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -39,7 +39,8 @@ class NodeClaim:
     """What one node says it has spent on its data set so far.
 
     ``claimed`` is the epsilon that the node wrote. ``durable`` is False where the node keeps no
-    ledger file: then the claim covers this run only.
+    ledger file: then the claim covers this run only. ``cryptographic`` is False where the node says
+    that some of its noise was drawn by a generator that is not, or says anything but True.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class NodeClaim:
     relation: Relation
     durable: bool
     events: tuple[Event, ...]
+    cryptographic: bool = True
 
     @classmethod
     def from_record(cls, record: ConfigRecord) -> "NodeClaim":
@@ -84,6 +86,8 @@ class NodeClaim:
             relation=relation,
             durable=durable,
             events=events,
+            # A claim without the field is one of a node that has no other noise.
+            cryptographic=record.get("cryptographic", True) is True,
         )
 
     def to_json(self) -> dict[str, str | float | bool]:
@@ -95,6 +99,7 @@ class NodeClaim:
             "unit": str(self.unit),
             "relation": str(self.relation),
             "durable": self.durable,
+            "cryptographic": self.cryptographic,
             "events": json.dumps([event.to_json() for event in self.events]),
         }
 
@@ -112,6 +117,7 @@ class NodeClaim:
             claimed=_composed_epsilon(both, _composed_delta(both), _one_after_the_other),
             delta=_composed_delta(both),
             events=earlier.events + self.events,
+            cryptographic=earlier.cryptographic and self.cryptographic,
         )
 
     @property
@@ -237,6 +243,7 @@ class NodePrivacyReport:
         if worst is None:
             return "no node made a privacy claim"
         scope = "" if all(c.durable for c in self.claims.values()) else "; this run only"
+        caveat = noise_caveat(cryptographic=all(c.cryptographic for c in self.claims.values()))
         one, everywhere = rounded_up(worst.epsilon), rounded_up(self.epsilon_everywhere())
         # The largest of both, whosever they are: an epsilon at a smaller delta holds there too.
         most = max(claim.delta for claim in self.claims.values())
@@ -244,7 +251,7 @@ class NodePrivacyReport:
         return (
             f"at most epsilon {one} at delta {most:g} for each {units} "
             f"({worst.relation}) of one node, epsilon {everywhere} at delta {self.delta:g} for "
-            f"someone in all {len(self.claims)} nodes, as the nodes claim{scope}"
+            f"someone in all {len(self.claims)} nodes, as the nodes claim{scope}{caveat}"
         )
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 from dpfl_flower.layout import ArrayLayout
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
 from dpfl_strategies.claim_book import ClaimBook
@@ -227,7 +227,8 @@ class SampleLevelFedAvg(Strategy):
         hand_over(result, grid)
 
     def _progress(self, server_round: int) -> str:
-        return f"worst node at epsilon {rounded_up(self._claims.largest)}"
+        caveat = noise_caveat(cryptographic=self._claims.cryptographic)
+        return f"worst node at epsilon {rounded_up(self._claims.largest)}{caveat}"
 
     def _settings(self) -> dict[str, Any]:
         return {

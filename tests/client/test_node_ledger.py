@@ -62,6 +62,7 @@ def test_the_claim_says_what_anyone_needs_to_price_it(tmp_path):
         "relation",
         "dataset",
         "durable",
+        "cryptographic",
         "events",
         "statement",
     }

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dpfl_flower.accounting.statement import rounded_up
+from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 
 RESULT: Final = "result.json"
 """The file in the run directory that holds the report."""
@@ -30,6 +30,8 @@ class HospitalReport:
     not_private_auc, not_private_reference_auc
         On its held-out patients, by the private model and by one trained without
         privacy. None where the hospital did not answer or holds out one class only.
+    cryptographic
+        False where the hospital says that some of its noise was not.
     """
 
     dataset: str
@@ -38,6 +40,13 @@ class HospitalReport:
     durable: bool
     not_private_auc: float | None
     not_private_reference_auc: float | None
+    cryptographic: bool = True
+
+    @property
+    def covers(self) -> str:
+        """What ``epsilon`` is of, and what is to be said beside it."""
+        scope = "all runs in its ledger" if self.durable else "this run only"
+        return f"{scope}{noise_caveat(cryptographic=self.cryptographic)}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Report:
             (
                 hospital.dataset,
                 rounded_up(hospital.epsilon),
-                "all runs in its ledger" if hospital.durable else "this run only",
+                hospital.covers,
                 _auc(hospital.not_private_auc),
                 _auc(hospital.not_private_reference_auc),
             )

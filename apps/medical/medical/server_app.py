@@ -192,6 +192,7 @@ def _report(
                 durable=claim.durable,
                 not_private_auc=histograms.get(node, ScoreHistogram.empty()).auc,
                 not_private_reference_auc=reference.get(claim.dataset, ScoreHistogram.empty()).auc,
+                cryptographic=claim.cryptographic,
             )
             for node, claim in claims.items()
         ),
