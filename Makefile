@@ -10,7 +10,9 @@ WORKERS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python -m apps.medical.demo
 
-test: lint types layers unit
+# Two at once: the types are checked while tests wait for other processes.
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory -j2 lint types layers unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Where the noise of DP-SGD is drawn: on the host, or by name on the accelerator.
 
+>>> import torch
 >>> require_noise_source(NoiseSource.DEVICE_PHILOX, torch.device("cpu"))
 Traceback (most recent call last):
     ...
@@ -11,12 +12,14 @@ comes from dpfl_flower.rng
 
 from collections.abc import Mapping
 from enum import StrEnum
-
-import torch
+from typing import TYPE_CHECKING
 
 from dpfl_flower.accounting.ledger import NOISE_NOTE
 
-__all__ = ["NoiseSource", "charge_note", "require_noise_source", "torch"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NoiseSource", "charge_note", "require_noise_source"]
 
 
 class NoiseSource(StrEnum):
@@ -49,7 +52,7 @@ def charge_note(source: NoiseSource) -> Mapping[str, str]:
     return {NOISE_NOTE: "not cryptographic: Philox of 64-bit seeds, on the device"}
 
 
-def require_noise_source(source: NoiseSource, device: torch.device) -> None:
+def require_noise_source(source: NoiseSource, device: "torch.device") -> None:
     """Raise ValueError unless ``source`` may draw for a model on ``device``."""
     if source is NoiseSource.DEVICE_PHILOX and device.type != "cuda":
         raise ValueError(

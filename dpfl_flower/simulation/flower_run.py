@@ -59,6 +59,7 @@ def run_flower_app(
     run_dir: Path | None = None,
     flwr_home: Path | None = None,
     num_cpus_per_client: int = 1,
+    num_cpus: int | None = None,
     on_line: Callable[[str], None] | None = None,
     timeout_seconds: float = 1800.0,
 ) -> FlowerRun:
@@ -80,6 +81,9 @@ def run_flower_app(
         Flower's state; a temporary folder, removed afterwards, when not given.
     num_cpus_per_client
         Cores that Ray sets aside for each client at work.
+    num_cpus
+        Cores that Ray may use, and so how many clients are at work at once; all by default. Each
+        takes a process, which takes longer to start than a small client to train.
     on_line
         Called with each line of the log as it comes, without its line end.
     timeout_seconds
@@ -93,6 +97,8 @@ def run_flower_app(
         The run took longer than ``timeout_seconds``; it has been stopped.
     """
     checks.positive_int(num_supernodes=num_supernodes, num_cpus_per_client=num_cpus_per_client)
+    if num_cpus is not None:
+        checks.positive_int(num_cpus=num_cpus)
     checks.positive(timeout_seconds=timeout_seconds)
     if not (app / "pyproject.toml").is_file():
         raise ValueError(f"app={str(app)!r} must be a folder that holds a pyproject.toml")
@@ -104,6 +110,8 @@ def run_flower_app(
         config_file = Path(scratch) / "run-config.toml"
         config_file.write_text(to_toml(run_config or {}), encoding="utf-8")
         resources = f"client-resources-num-cpus={num_cpus_per_client}"
+        if num_cpus is not None:
+            resources += f" init-args-num-cpus={num_cpus}"
         return flwr.run(
             app,
             config_file=config_file,

@@ -274,6 +274,7 @@ def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_
     ended = run_flower_app(
         APP,
         num_supernodes=2,
+        num_cpus=1,
         log_path=tmp_path / "flower.log",
         run_config=overrides | {"run-dir": str(tmp_path / "run")},
         timeout_seconds=500,

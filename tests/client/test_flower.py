@@ -125,7 +125,10 @@ def test_flowers_fedavg_trains_dp_sgd_clients_under_the_virtual_client_engine(
         server_app,
         numpy_client_app(client_fn),
         num_supernodes=2,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        backend_config={
+            "init_args": {"num_cpus": 1},
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        },
     )
     gc.collect()  # what Ray left, here and not in somebody else's test
     (result,) = results

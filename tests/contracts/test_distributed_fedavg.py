@@ -420,5 +420,8 @@ class TestNothingUnnoisedLeavesUnderDistributedNoise(DistributedSubject):
 
 
 def _as_bytes(vector: NDArray[np.int64]) -> list[bytes]:
-    """Return four entries of a vector as they would be written, in any width that may be used."""
-    return [vector[:4].astype(dtype).tobytes() for dtype in ("<i8", ">i8", "<u2", "<i4", "<f8")]
+    """Return a vector as it would be written, in any width that may be used.
+
+    All of it: a few entries of a coarse grid may all be 0, which is found anywhere.
+    """
+    return [vector.astype(dtype).tobytes() for dtype in ("<i8", ">i8", "<u2", "<i4", "<f8")]

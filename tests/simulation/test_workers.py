@@ -54,7 +54,7 @@ def numbers(replies: list[Message], key: str) -> list[int]:
 
 
 def test_every_node_answers_for_itself_and_always_in_the_same_worker() -> None:
-    with workers(2, 5) as grid:
+    with workers(2, 5, load=worker_clients.load_with_torch) as grid:
         replies = ask(grid)
         assert [reply.metadata.src_node_id for reply in replies] == list(grid.get_node_ids())
         assert numbers(replies, "partition") == [0, 1, 2, 3, 4]

@@ -97,7 +97,7 @@ def main(out: str) -> None:
         server,
         Both(),
         num_supernodes=NODES,
-        backend_config={"client_resources": {"num_cpus": 1.0}},
+        backend_config={"init_args": {"num_cpus": 1}, "client_resources": {"num_cpus": 1.0}},
     )
 
 

@@ -7,7 +7,6 @@ import sys
 import time
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -55,13 +54,19 @@ def train(message: Message, context: Context) -> Message:
         "partition": number,
         "setting": int(context.run_config["setting"]),
         "pid": os.getpid(),
-        "threads": torch.get_num_threads(),
+        "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0,
     }
     content = {"arrays": ArrayRecord(moved), "metrics": MetricRecord(numbers)}
     return Message(RecordDict(content), reply_to=message)
 
 
 def load() -> ClientApp:
+    return app
+
+
+def load_with_torch() -> ClientApp:
+    import torch  # noqa: F401 - most tests need none, and it takes long
+
     return app
 
 
