@@ -13,20 +13,22 @@ from flwr.simulation import run_simulation
 
 from dpfl_flower.client import secure_aggregation_mod
 from dpfl_flower.secagg import SecAggPlus
-from tests.support.secure_run import run, train
+from tests.support.secure_run import dropping, run, train
 
-NODES = 4
-ROUNDS = 2
+NODES = 6
+ROUNDS = 5
+# Two neighbours of five may drop out: t = 3, and 2 t > 5.
+PROTOCOL = SecAggPlus(threshold=0.6)
 
 
 def main(out: str) -> None:
     """Run on the engine and save the model."""
     app, server = ClientApp(), ServerApp()
-    app.train(mods=[secure_aggregation_mod])(train)
+    app.train(mods=[dropping, secure_aggregation_mod])(train)
 
     @server.main()
     def server_main(grid: Grid, context: Context) -> None:
-        np.save(out, run(grid, nodes=NODES, rounds=ROUNDS, secure_aggregation=SecAggPlus()))
+        np.save(out, run(grid, nodes=NODES, rounds=ROUNDS, secure_aggregation=PROTOCOL))
 
     run_simulation(
         server,

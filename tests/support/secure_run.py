@@ -1,17 +1,46 @@
 """A run whose model is the same, to the last bit, with secure aggregation and without."""
 
+from collections.abc import Mapping
+from typing import Final
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 
 from dpfl_flower.accounting import EveryoneSampling
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.secagg import SecAggPlus
+from dpfl_flower.secagg.messages import Stage
+from dpfl_flower.secagg.wire import decode_request
 from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies import DPFedAvg
 
 WIDTH = 300
+
+DROPOUTS: Final[Mapping[int, Mapping[int, Stage]]] = {
+    2: {0: Stage.ADVERTISE, 1: Stage.MASK},
+    3: {2: Stage.SHARE},
+    4: {3: Stage.UNMASK},
+    5: {4: Stage.MASK, 5: Stage.UNMASK},
+}
+"""By round: which of six nodes drops out at which stage."""
+
+
+def dropping(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Drop out as `DROPOUTS` says; outside of secure aggregation, unless the vector is sent."""
+    config = message.content.config_records
+    node = int(context.node_config["partition-id"])
+    if "secagg" in config:
+        request = decode_request(message.content)
+        if DROPOUTS.get(request.server_round, {}).get(node) is request.stage:
+            raise RuntimeError("planted")
+    elif DROPOUTS.get(int(config["config"]["server-round"]), {}).get(node, Stage.UNMASK) != (
+        Stage.UNMASK
+    ):
+        raise RuntimeError("planted")
+    return call_next(message, context)
 
 
 def train(message: Message, context: Context) -> Message:
@@ -40,9 +69,9 @@ def run(
     return strategy.start(grid, start, num_rounds=rounds, timeout=300).arrays["w"].numpy()
 
 
-def in_process(*, nodes: int, rounds: int) -> np.ndarray:
+def in_process(*, nodes: int, rounds: int, dropouts: bool = False) -> np.ndarray:
     """Return what the run without secure aggregation gives, in this process."""
     app = ClientApp()
-    app.train()(train)
+    app.train(mods=[dropping] if dropouts else [])(train)
     with InProcessGrid(app, num_supernodes=nodes) as grid:
         return run(grid, nodes=nodes, rounds=rounds, secure_aggregation=None)
