@@ -14,6 +14,7 @@ _HERE = Path(__file__).parent
 _UNTRACED = tuple(
     _HERE / path
     for path in (
+        "apps",
         "contracts",
         "client/users/test_engines.py",
         "distributed/test_plan.py",
