@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests, each with one thread. One of them mostly waits, for Flower.
-WORKERS ?= 3
+# Processes that share the tests, each with one thread.
+WORKERS ?= 2
 # Tests start a hundred processes: what one compiles, the next should find.
 unexport PYTHONDONTWRITEBYTECODE
 
