@@ -9,8 +9,8 @@ collect_ignore_glob = ["support/*"]
 
 _HERE = Path(__file__).parent
 
-# These run the same lines thousands of times, and each line traced takes as long again as most
-# do. What they run is covered by the tests beside it, which `make test` holds to 95 %.
+# These run the same lines thousands of times, and to trace a line can take longer than to run it.
+# Other tests run the same lines once, and `make test` holds those to a coverage of 95 %.
 _UNTRACED = tuple(
     _HERE / path
     for path in (

@@ -90,7 +90,7 @@ class Charges:
     def epsilon(self, delta: float) -> float:
         """Return the epsilon of everything charged."""
         if delta not in self._epsilons:
-            self._epsilons[delta] = _priced(
+            self._epsilons[delta] = priced(
                 tuple(self.events()), delta, self._relation, self.total_variation
             )
         return self._epsilons[delta]
@@ -144,10 +144,10 @@ class Charges:
 
 
 @lru_cache(maxsize=64)
-def _priced(
+def priced(
     events: tuple[Event, ...], delta: float, relation: Relation, total_variation: float
 ) -> float:
-    # A node with many data sets charges the same to each of them.
+    """Return `epsilon` of ``events``, remembered: data sets and rounds are often charged alike."""
     return epsilon(events, delta=delta, relation=relation, total_variation=total_variation)
 
 

@@ -13,7 +13,7 @@
 
 from flwr.app import ConfigRecord
 
-from dpfl_flower.accounting import Composed, PrivacyUnit, epsilon
+from dpfl_flower.accounting import Composed, PrivacyUnit
 from dpfl_flower.client.clip_norms import ClipNorms
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.node_ledger import NodeLedger, claim
@@ -65,19 +65,12 @@ def charge_round(
         relation=config.relation,
         budget=config.budget,
     ) as opened:
-        spent_after = 0.0
-        if policy.max_epsilon is not None:
-            spent_after = epsilon(
-                [*opened.events(), Composed(step, config.steps_per_round)],
-                delta=opened.delta,
-                relation=opened.relation,
-                total_variation=opened.total_variation + astray * config.steps_per_round,
-            )
-        policy.check(
+        policy.check_release(
+            opened,
+            Composed(step, config.steps_per_round),
             noise_multiplier=charged,
-            epsilon=spent_after,
-            delta=opened.delta,
-            durable=opened.durable and ledger.chosen_by_node,
+            total_variation=astray * config.steps_per_round,
+            chosen_by_node=ledger.chosen_by_node,
             cryptographic=config.noise_source.cryptographic,
         )
         opened.plan(

@@ -10,7 +10,6 @@ dpfl_flower.client.errors.NodeError: rounds=9 must be <= 5, this node's policy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -28,7 +27,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import Event, Ledger, PrivacyBudget, PrivacyUnit, Relation, epsilon
+from dpfl_flower.accounting import Ledger, PrivacyBudget, PrivacyUnit
 from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer, app_failed
 from dpfl_flower.client.local_noise import LocalNoise
@@ -273,29 +272,15 @@ def _planned_ledger(
     with node.open(
         delta=noise.delta, unit=noise.unit, relation=noise.relation, budget=plan.budget
     ) as ledger:
-        spent_after = 0.0
-        if policy.max_epsilon is not None:
-            spent_after = _priced(
-                (*ledger.events(), event),
-                ledger.delta,
-                ledger.relation,
-                ledger.total_variation + variation,
-            )
-        policy.check(
+        policy.check_release(
+            ledger,
+            event,
             noise_multiplier=multiplier,
-            epsilon=spent_after,
-            delta=ledger.delta,
-            durable=ledger.durable and node.chosen_by_node,
+            total_variation=variation,
+            chosen_by_node=node.chosen_by_node,
         )
         ledger.plan(node.run, event, noise.rounds, total_variation=variation)
         yield ledger
-
-
-@lru_cache(maxsize=8)  # asked before the app trains, and again when it has
-def _priced(
-    events: tuple[Event, ...], delta: float, relation: Relation, total_variation: float
-) -> float:
-    return epsilon(events, delta=delta, relation=relation, total_variation=total_variation)
 
 
 def _charge(

@@ -12,7 +12,8 @@
 ((16,), True, True)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self, final
 
@@ -22,7 +23,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting import Event, Gaussian, PrivacyBudget, PrivacyUnit, epsilon
+from dpfl_flower.accounting import Event, Gaussian, Ledger, PrivacyBudget, PrivacyUnit
 from dpfl_flower.client.awaiting import awaiting_noise
 from dpfl_flower.client.contribution import masks_follow
 from dpfl_flower.client.distributed_request import DistributedRequest
@@ -150,8 +151,14 @@ class NoiseShare:
         self._rng = secure() if rng is None else rng
 
     def check(self, request: DistributedRequest) -> None:
-        """Raise NodeError unless the node's policy allows the request; nothing is charged."""
+        """Raise NodeError unless policy and ledger allow the request; nothing is charged.
+
+        Asked before the app trains: how long it takes is seen, and nobody would be charged for it.
+        """
         self._policy.check(request)
+        with self._planned(request) as ledger:
+            if ledger.affordable(self._ledger.run, 1) < 1:
+                ledger.charge(self._ledger.run)  # raises, and says why
 
     def added(self, request: DistributedRequest, total: NDArray[np.int64]) -> NDArray[np.int64]:
         """Charge the round, then return ``total`` plus this node's share, modulo 2^bits.
@@ -181,30 +188,28 @@ class NoiseShare:
                 f"total of dtype {total.dtype} and shape {total.shape} must be int64 of shape "
                 f"({plan.grid.padded},)"
             )
-        self.check(request)
+        self._policy.check(request)
         self._charge(request)
         return reduced(total + plan.share.sample(total.size, self._rng), bits=plan.grid.bits)
 
     def _charge(self, request: DistributedRequest) -> None:
+        with self._planned(request) as ledger:
+            ledger.charge(self._ledger.run, note={"round": request.server_round})
+
+    @contextmanager
+    def _planned(self, request: DistributedRequest) -> Iterator[Ledger]:
+        """Open the ledger with this run's plan in it, if the policy allows one more round."""
         plan = request.plan
         event: Event = plan.event if self._rng.protects else Gaussian(0.0)
-        node = self._policy.node
         with self._ledger.open(
             delta=self._delta, unit=plan.unit, relation=plan.relation, budget=self._budget
         ) as ledger:
-            spent_after = 0.0
-            if node.max_epsilon is not None:
-                spent_after = epsilon(
-                    [*ledger.events(), event],
-                    delta=ledger.delta,
-                    relation=ledger.relation,
-                    total_variation=ledger.total_variation + plan.total_variation,
-                )
-            node.check(
+            self._policy.node.check_release(
+                ledger,
+                event,
                 noise_multiplier=plan.noise_multiplier if self._rng.protects else 0.0,
-                epsilon=spent_after,
-                delta=ledger.delta,
-                durable=ledger.durable and self._ledger.chosen_by_node,
+                total_variation=plan.total_variation,
+                chosen_by_node=self._ledger.chosen_by_node,
             )
             ledger.plan(
                 self._ledger.run,
@@ -212,7 +217,7 @@ class NoiseShare:
                 request.num_rounds,
                 total_variation=plan.total_variation,
             )
-            ledger.charge(self._ledger.run, note={"round": request.server_round})
+            yield ledger
 
 
 def noise_share_mod(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from dpfl_flower import checks, records
+from dpfl_flower.accounting import Event, Ledger
+from dpfl_flower.accounting.charges import priced
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 
 
@@ -34,7 +36,6 @@ class NodePolicy:
     max_delta : float, optional
         The largest delta of a ledger at which ``max_epsilon`` means anything to the node: the two
         are given together.
-
     allow_device_noise : bool
         Whether noise may be drawn on the node's accelerator, which is not cryptographic: see
         `NoiseSource`. Unless the node says so, it may not.
@@ -77,6 +78,46 @@ class NodePolicy:
             max_epsilon=_number(node_config, records.MAX_EPSILON),
             max_delta=_number(node_config, records.MAX_DELTA),
             allow_device_noise=_boolean(node_config, records.ALLOW_DEVICE_NOISE),
+        )
+
+    def check_release(
+        self,
+        ledger: Ledger,
+        event: Event,
+        *,
+        noise_multiplier: float,
+        total_variation: float,
+        chosen_by_node: bool,
+        cryptographic: bool = True,
+    ) -> None:
+        """Raise NodeError, POLICY_REFUSED, unless ``event`` may be charged to ``ledger`` next.
+
+        Parameters
+        ----------
+        ledger : Ledger
+            With all that was charged before.
+        event : Event
+        noise_multiplier : float
+        total_variation : float
+            Of the event's noise from its exact law.
+        chosen_by_node : bool
+            Whether the node's own config names the ledger.
+        cryptographic : bool
+        """
+        spent_after = 0.0
+        if self.max_epsilon is not None:
+            spent_after = priced(
+                (*ledger.events(), event),
+                ledger.delta,
+                ledger.relation,
+                ledger.total_variation + total_variation,
+            )
+        self.check(
+            noise_multiplier=noise_multiplier,
+            epsilon=spent_after,
+            delta=ledger.delta,
+            durable=ledger.durable and chosen_by_node,
+            cryptographic=cryptographic,
         )
 
     def check(

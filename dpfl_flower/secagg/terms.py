@@ -39,12 +39,22 @@ def terms_of(content: RecordDict) -> bytes:
     return hashlib.sha256(b"dpfl-flower terms\0" + text.encode()).digest()
 
 
-def _arrays(record: ArrayRecord) -> dict[str, list[object]]:
-    """Return what each array is, its bytes as their SHA-256."""
-    return {
-        name: [array.dtype, list(array.shape), array.stype, hashlib.sha256(array.data).hexdigest()]
+def _arrays(record: ArrayRecord) -> list[list[object]]:
+    """Return what each array is, its bytes as their SHA-256, in the order of the nodes' vectors.
+
+    In another order one node's update of an array would be added to the others' of another array,
+    and lie bare where theirs is zero.
+    """
+    return [
+        [
+            name,
+            array.dtype,
+            list(array.shape),
+            array.stype,
+            hashlib.sha256(array.data).hexdigest(),
+        ]
         for name, array in record.items()
-    }
+    ]
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,6 @@ from typing import final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import (
@@ -29,6 +28,7 @@ from dpfl_strategies.distributed_design import DistributedDesign, unit_sampling_
 from dpfl_strategies.distributed_report import DistributedReport
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
+from dpfl_strategies.nobody_evaluates import NobodyEvaluates
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
@@ -59,7 +59,7 @@ class _OpenRound:
 
 
 @final
-class DistributedDPFedAvg(Strategy):
+class DistributedDPFedAvg(NobodyEvaluates):
     """DP-FedAvg with noise that the nodes add (trust model ``distributed``).
 
     All nodes are asked in every round, and answer masked vectors that hold their bounded sum and a
@@ -351,17 +351,6 @@ class DistributedDPFedAvg(Strategy):
         )
         self._failures.record(asked=opened.asked, answered=len(summed.survivors))
         return to_record(released), None
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask nobody: what nodes measure is theirs, and no epsilon covers it."""
-        del server_round, arrays, config, grid
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
-        """Return None."""
-        del server_round, replies
 
     def privacy_spent(self) -> PrivacyStatement:
         """Return what the data set has spent; only while the strategy runs."""

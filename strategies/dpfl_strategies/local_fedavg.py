@@ -15,7 +15,6 @@ from typing import final
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
@@ -30,11 +29,12 @@ from dpfl_strategies.claim_book import ClaimBook
 from dpfl_strategies.local_plan import (
     LocalPlan,
     claim_covers,
-    noise_of_settings,
+    noise_of_run,
     noise_settings,
 )
 from dpfl_strategies.local_report import LocalReport
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.nobody_evaluates import NobodyEvaluates
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.replies import accepted, parse_sum
@@ -63,7 +63,7 @@ class _OpenRound:
 
 
 @final
-class LocalDPFedAvg(Strategy):
+class LocalDPFedAvg(NobodyEvaluates):
     """DP-FedAvg with all of the noise added by each node itself (trust model ``local``).
 
     All nodes are asked in every round, and answer their bounded update, or the sum of their units'
@@ -321,17 +321,6 @@ class LocalDPFedAvg(Strategy):
         self._failures.record(asked=len(opened.nodes), answered=answered)
         return to_record(model), None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask nobody: what nodes measure is theirs, and no epsilon covers it."""
-        del server_round, arrays, config, grid
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
-        """Return None."""
-        del server_round, replies
-
     def summary(self) -> None:
         """Log what will be done, before the first round."""
         self._report.summary(self._noise)
@@ -397,7 +386,7 @@ class LocalDPFedAvg(Strategy):
             self._shuffled = self._stated
         else:
             layout.check(state.model)
-            self._noise = noise_of_settings(planned, state.settings, fixed)
+            self._noise = noise_of_run(planned, state, fixed)
             self._run_name, self._done = state.run, state.server_round
             self._claims = ClaimBook(state.claims)
             self._shuffled = self._stated.resumed(dict(state.settings))

@@ -31,11 +31,12 @@ from dpfl_flower.accounting.events import count_events
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.clipping import FixedClipping
-from dpfl_strategies.checkpoint import CheckpointError
+from dpfl_strategies.checkpoint import RunState
 from dpfl_strategies.node_privacy import NodeClaim
 from dpfl_strategies.privacy_request import PrivacyRequest
+from dpfl_strategies.run_files import require_same_settings
 
-__all__ = ["LocalPlan", "claim_covers", "noise_of_settings", "noise_settings"]
+__all__ = ["LocalPlan", "claim_covers", "noise_of_run", "noise_settings"]
 
 _NOISE_MULTIPLIER: Final = "noise_multiplier"
 
@@ -216,9 +217,7 @@ def noise_settings(noise: LocalNoise) -> dict[str, str]:
     return {_NOISE_MULTIPLIER: repr(noise.noise_multiplier)}
 
 
-def noise_of_settings(
-    planned: LocalNoise, settings: Mapping[str, str], fixed: Mapping[str, str]
-) -> LocalNoise:
+def noise_of_run(planned: LocalNoise, saved: RunState, fixed: Mapping[str, str]) -> LocalNoise:
     """Return ``planned`` with the multiplier that a resumed run began with.
 
     Raises
@@ -226,11 +225,6 @@ def noise_of_settings(
     CheckpointError
         If anything that may not change has.
     """
-    for name, value in fixed.items():
-        if settings.get(name) != value:
-            raise CheckpointError(
-                f"{name}={value} must be {settings.get(name)}, as when the run in the checkpoint "
-                "began; give another checkpoint_dir to begin a new run"
-            )
-    multiplier = float(settings[_NOISE_MULTIPLIER])
+    require_same_settings(saved, fixed)
+    multiplier = float(saved.settings[_NOISE_MULTIPLIER])
     return dataclasses.replace(planned, noise_multiplier=multiplier, target_epsilon=None)

@@ -57,7 +57,8 @@ class SampleLevelFedAvg(Strategy):
         Weigh replies by their ``num-examples``. Only where those are public constants, as with
         ``DPSGDClient(weight=...)``; by default every node counts the same.
     checkpoint_dir:
-        Where the model is kept after each round; ``start`` resumes from it.
+        Where the model is kept after each round; ``start`` resumes from it. A node without a ledger
+        file forgets, with the run, what it spent in a round that a crash kept from being saved.
     metrics, train_metrics_aggr_fn, evaluate_metrics_aggr_fn, fraction_evaluate:
         As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
     wait_seconds, give_up_after:

@@ -135,7 +135,7 @@ def test_a_rate_below_delta_is_priced_by_coins_down_to_where_they_are_believed()
     assert epsilon([event], delta=1e-5, relation=ADD_REMOVE) <= 1.0
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(0.01, 100.0), st.integers(1, 300), st.floats(1e-3, 1.0))
 @example(0.01, 300, 1.0)
 @example(100.0, 1, 1e-3)

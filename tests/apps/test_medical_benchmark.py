@@ -32,3 +32,14 @@ def test_the_table_holds_each_seed_and_the_mean() -> None:
     # Epsilon is rounded up.
     assert rows[0] == "| 1 | 0.850 | 0.900 | n/a | 0.880 | 1 | 2.21 |"
     assert rows[2].startswith("| **mean** | **0.860** | **0.900** | **n/a** |")
+
+
+def test_noise_that_is_not_cryptographic_is_said_beside_each_epsilon_of_the_table() -> None:
+    weak = dataclasses.replace(REPORT.hospitals[0], cryptographic=False)
+    said = dataclasses.replace(REPORT, hospitals=(weak, REPORT.hospitals[1])).table()
+    lines = [line for line in said.splitlines() if "noise not cryptographic" in line]
+    assert [line.split()[0] for line in lines] == ["heart-disease/Cleveland", "a"]
+    assert lines[1].startswith(
+        "a patient seen in all 2 at most epsilon 2.21 at delta 0.0001; noise"
+    )
+    assert "noise not cryptographic" not in REPORT.table()

@@ -1,5 +1,6 @@
-"""The app on Flower's own runtimes: the virtual client engine, and ``flwr run`` from end to end."""
+"""The app under ``flwr run``, on Flower's virtual client engine, from end to end."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ APP = ROOT / "apps" / "medical"
 
 
 @pytest.mark.slow
-def test_flwr_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flwr_run_ends_with_the_table_and_fails_when_every_hospital_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--run-dir", str(tmp_path), "--rounds", "2", "--timeout", "500"]
     assert demo.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -25,6 +28,17 @@ def test_flwr_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report.table() in printed
     assert printed.count("[ROUND 2/2]") == 1
     assert "Run directory: " in printed
+    assert report.worst_epsilon == pytest.approx(1, abs=1e-3)
+    assert all(hospital.durable for hospital in report.hospitals)
+
+    assert demo.main(arguments) == 1
+    refused = capsys.readouterr()
+    assert "error code 111" in refused.out
+    assert re.search(
+        r"A hospital refuses: ledger .*hungary\.jsonl.* exceed the budget", refused.out
+    )
+    assert re.search(r"FAILED: the run failed: .*budget \(epsilon 1 at delta 0\.0001", refused.err)
+    assert Report.load(tmp_path) == report
 
 
 @pytest.mark.slow
@@ -62,18 +76,6 @@ def test_a_run_without_a_result_exits_non_zero(
     monkeypatch.setattr(demo, "run_flower_app", completed)
     assert demo.run_and_report(APP, tmp_path, {}, timeout_seconds=1) == 1
     assert "without a result" in capsys.readouterr().err
-
-
-def test_a_run_that_fails_exits_non_zero_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def failed(*args: object, log_path: Path, **settings: object) -> FlowerRun:
-        log_path.write_text("A hospital refuses: error code 111\n")
-        return FlowerRun(RunOutcome.FAILED, run_id=5, details="no budget", log_path=log_path)
-
-    monkeypatch.setattr(demo, "run_flower_app", failed)
-    assert demo.run_and_report(APP, tmp_path, {}, timeout_seconds=1) == 1
-    assert "FAILED: the run failed: no budget" in capsys.readouterr().err
 
 
 def test_a_result_of_another_run_exits_non_zero(

@@ -261,7 +261,7 @@ def test_the_folder_fails_on_a_wrong_setting_and_names_it(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_path: Path) -> None:
     # Everybody takes part, so that nothing but the noise differs.
-    overrides: Config = {"num-server-rounds": 1, "expected-cohort": 546.0}
+    overrides: Config = {"num-server-rounds": 2, "expected-cohort": 546.0}
     ended = run_flower_app(
         APP,
         num_supernodes=3,
@@ -273,7 +273,7 @@ def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_
     assert ended.completed, ended.details
     report = Report.load(tmp_path / "run")
     assert report.run_id == ended.run_id
-    assert (report.rounds, report.nodes) == (1, 3)
+    assert (report.rounds, report.nodes) == (2, 3)
     assert report.epsilon <= 4.0
     assert report.table().splitlines()[2] in (tmp_path / "flower.log").read_text()
     for name in ("here", "again"):

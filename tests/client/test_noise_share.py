@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -409,6 +409,55 @@ def test_a_refused_policy_is_found_out_before_anybody_trains():
     asking = user_cohort_app(never, mods=[masking, noise_share_mod(dataset="heart", delta=DELTA)])
     reply = asking(message("train", content(request(dimension=4))), context(secagg_colluders=2))
     assert reply.error.code == NodeErrorCode.POLICY_REFUSED
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("spent", ["rounds", "budget", "policy"])
+def test_what_a_node_cannot_charge_it_does_not_train_for(spent, durable, tmp_path):
+    # Else a server could time one fresh sample after the other, and no ledger would show it.
+    trained = []
+    asked = request(dimension=4, unit="node", num_rounds=2 if spent == "rounds" else 10)
+    one = epsilon([asked.plan.event], delta=DELTA, relation="zero-out")
+    two = epsilon([asked.plan.event] * 2, delta=DELTA, relation="zero-out")
+    budget = PrivacyBudget(1.001 * two, DELTA, "node", "zero-out") if spent == "budget" else None
+    share_mod = noise_share_mod(dataset="phone", delta=DELTA, budget=budget)
+    weights = ClientApp(mods=[masking, share_mod])
+
+    @weights.train()
+    def train(received, ctx):
+        del ctx
+        trained.append(received)
+        return type(received)(
+            RecordDict({records.ARRAYS: received.content[records.ARRAYS]}), reply_to=received
+        )
+
+    config = dict(NODE)
+    if durable:
+        config["ledger_path"] = str(tmp_path / "ledger.jsonl")
+    if spent == "policy":
+        config |= {"max_epsilon": 0.99 * one, "max_delta": 1e-4}
+    ctx = context(**config)
+    replies = [weights(message("train", content(asked)), ctx) for _ in range(4)]
+    answered = sum(not reply.has_error() for reply in replies)
+    assert answered == len(trained) == {"rounds": 2, "budget": 2, "policy": 0}[spent]
+    code = {"rounds": "LEDGER_REFUSED", "budget": "BUDGET_EXHAUSTED", "policy": "POLICY_REFUSED"}
+    assert replies[-1].error.code == NodeErrorCode[code[spent]]
+
+
+@pytest.mark.parametrize("how", ["leaves", "answers"])
+def test_no_text_of_an_app_that_failed_leaves(how):
+    weights = ClientApp(mods=[masking, noise_share_mod(dataset="phone", delta=DELTA)])
+
+    @weights.train()
+    def train(received, ctx):
+        del ctx
+        if how == "leaves":
+            raise SystemExit(SECRET)
+        return Message(Error(1, SECRET), reply_to=received)
+
+    reply = weights(message("train", content(request(dimension=4, unit="node"))), context(**NODE))
+    assert reply.error.code == NodeErrorCode.CLIENT_FAILED
+    assert SECRET.encode() not in all_bytes(reply)
 
 
 @pytest.mark.parametrize("bad", [[-1, 0, 0, 0], [2**32, 0, 0, 0], [0, 0, 0], [0.0] * 4])

@@ -196,6 +196,10 @@ def raising(message, context):
     raise ValueError("patient 4711 has no age")
 
 
+def leaving(message, context):
+    raise SystemExit("patient 4711 has no age")
+
+
 def failing(message, context):
     return Message(Error(77, "patient 4711"), reply_to=message)
 
@@ -213,6 +217,7 @@ def other_shape(message, context):
     ("train", "code"),
     [
         (raising, "CLIENT_FAILED"),
+        (leaving, "CLIENT_FAILED"),
         (failing, "CLIENT_FAILED"),
         (known, "BUDGET_EXHAUSTED"),
         (other_shape, "MALFORMED_REPLY"),
@@ -445,6 +450,18 @@ def test_terms_that_are_not_those_the_round_began_with_get_no_vector(changed):
     exchange = nodes.go(until="mask")
     node, protocol = next(iter(exchange.requests.items()))
     content = nodes.content(exchange, protocol, task() | changed)
+    assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
+
+
+def test_a_model_whose_arrays_come_in_another_order_gets_no_vector():
+    """One node's update of an array would lie where that of the others' other array is zero."""
+    arrays = {"v": Array(np.zeros(2, np.float32)), "w": Array(np.zeros(2, np.float32))}
+    told = task() | {records.ARRAYS: ArrayRecord(arrays)}
+    nodes = Nodes()
+    exchange = nodes.go(until="mask", extra=told)
+    node, protocol = next(iter(exchange.requests.items()))
+    turned = told | {records.ARRAYS: ArrayRecord(dict(reversed(arrays.items())))}
+    content = nodes.content(exchange, protocol, turned)
     assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
 
 

@@ -61,7 +61,6 @@ REFUSED = ("complex", "missing array", "bytes of no array", "no array record", "
 
 class TestTheLedgerOfDistributedNoise(DistributedSubject, ChargeBeforeRelease):
     bits = 16
-    kills = 12
 
 
 class FreshShares(DistributedSubject, FreshNoise):

@@ -1,5 +1,3 @@
-import pytest
-
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_strategies import DPFedAvg
 from tests.support.contracts.adaptive import AdaptiveClippingContract
@@ -22,12 +20,6 @@ class TestDPFedAvg(StrategyContract):
 
 
 class TestDPFedAvgAdaptive(AdaptiveClippingContract, StrategyContract):
-    kills = 12  # what is written, and when, is the same with both kinds of clipping
-
-    @pytest.mark.parametrize("kind", ["poisson"])  # cohorts are drawn by the same code
-    def test_cohorts_are_as_stated_and_the_ledger_pays_for_what_was_recorded(self, kind):
-        super().test_cohorts_are_as_stated_and_the_ledger_pays_for_what_was_recorded(kind)
-
     def strategy(self, **settings):
         return self.strategy_with(AdaptiveClipping(initial=self.clip_norm), **settings)
 

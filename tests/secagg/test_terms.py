@@ -65,6 +65,16 @@ def test_every_value_and_its_type_is_in_it(record, key, value):
     assert terms_of(changed) != before or key == "more"
 
 
+def test_the_order_of_arrays_is_in_it():
+    # Entries are added up by their places: in another order, one array's to another's.
+    before, changed = terms_of(sent()), sent()
+    arrays = list(changed["arrays"].items())
+    changed["arrays"] = ArrayRecord(dict(reversed(arrays)))
+    assert terms_of(changed) != before
+    changed["arrays"] = ArrayRecord(dict(arrays))
+    assert terms_of(changed) == before
+
+
 def test_the_protocols_own_record_is_not():
     content = sent()
     content["secagg"] = ConfigRecord({"stage": 3})

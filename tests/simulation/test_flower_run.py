@@ -128,6 +128,23 @@ def test_a_run_that_completes_says_so_and_hands_over_its_log(app: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left_running")
+def test_a_run_that_fails_says_so_although_flwr_run_exits_0(app: Path, tmp_path: Path) -> None:
+    run = run_flower_app(
+        app,
+        num_supernodes=3,
+        num_cpus=1,
+        log_path=tmp_path / "run.log",
+        run_config={"fail": True},
+        timeout_seconds=300,
+    )
+    assert run.outcome is RunOutcome.FAILED
+    assert not run.completed
+    assert "planted failure" in run.details
+    assert "planted failure" in run.log_path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_running")
 def test_an_interrupted_run_is_stopped_with_all_its_workers(app: Path, tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         if line.startswith("partitions"):  # Ray and its workers are up

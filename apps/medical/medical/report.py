@@ -119,6 +119,7 @@ class Report:
             )
         )
         everywhere = rounded_up(self.epsilon_everywhere)
+        caveat = noise_caveat(cryptographic=all(h.cryptographic for h in self.hospitals))
         trained = len(self.hospitals)
         return "\n".join(
             [
@@ -131,7 +132,7 @@ class Report:
                 f"A patient of one hospital has spent at most epsilon {worst} at delta "
                 f"{self.delta:g},",
                 f"a patient seen in all {trained} at most epsilon {everywhere} at delta "
-                f"{self.delta:g}.",
+                f"{self.delta:g}{caveat}.",
                 f"{trained} of {self.expected_hospitals} hospitals trained, {self.rounds} rounds, "
                 f"split seed {self.split_seed}.",
                 "[1] NOT PRIVATE: measured on held-out patients, who were never trained on. "
