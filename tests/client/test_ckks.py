@@ -212,6 +212,19 @@ def test_too_few_parties_are_refused(files):
     assert nodes.code(1, asked(begin(files), 1)) == NodeErrorCode.SECAGG_TOO_FEW_NODES
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_an_app_that_fails_is_a_dropout_and_its_words_stay(files, error):
+    def fails(received, ctx):
+        raise error("patient 4711 has no age")
+
+    nodes = Nodes(files)
+    nodes.app = ClientApp()
+    nodes.app.train(mods=[ckks_mod])(fails)
+    reply = nodes.ask(1, asked(begin(files), 1))
+    assert reply.error.code == NodeErrorCode.CLIENT_FAILED
+    assert b"4711" not in all_bytes(reply)
+
+
 def test_a_round_whose_time_is_up_is_forgotten(files):
     nodes = Nodes(files)
     first = begin(files, seconds=1e-3)

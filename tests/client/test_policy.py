@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dpfl_flower.accounting import Gaussian, Ledger, epsilon
 from dpfl_flower.client import NodeError, NodeErrorCode, NodePolicy
 
 
@@ -76,3 +77,26 @@ def test_an_epsilon_and_its_delta_are_given_together(config):
 def test_a_bound_that_is_none_is_an_error(config):
     with pytest.raises(ValueError, match=r"noise.multiplier=|max.epsilon=|max.delta="):
         NodePolicy.from_node_config(config)
+
+
+def test_a_release_is_priced_with_what_all_samplers_leave(tmp_path):
+    def spent(events, variation):
+        return epsilon(events, delta=1e-5, relation="add-or-remove-one", total_variation=variation)
+
+    event, astray = Gaussian(2.0), 1e-7
+    terms = {"dataset": "heart", "delta": 1e-5, "unit": "example"}
+    release = {"noise_multiplier": 2.0, "chosen_by_node": True}
+    with Ledger.open(tmp_path / "ledger.jsonl", **terms) as ledger:
+        for before in (0, 1):  # the release's own remainder, then that of an earlier one
+            events = [event] * (before + 1)
+            exact, true = spent(events, 0.0), spent(events, astray)
+            assert true > 1.001 * exact
+            own = 0.0 if before else astray
+            policy = NodePolicy(max_epsilon=(exact + true) / 2, max_delta=1e-4)
+            with pytest.raises(NodeError) as refused:
+                policy.check_release(ledger, event, total_variation=own, **release)
+            assert refused.value.code is NodeErrorCode.POLICY_REFUSED
+            enough = NodePolicy(max_epsilon=1.0001 * true, max_delta=1e-4)
+            enough.check_release(ledger, event, total_variation=own, **release)
+            ledger.plan(f"run {before}", event, 1, total_variation=astray)
+            ledger.charge(f"run {before}")
