@@ -16,7 +16,7 @@ from pathlib import Path
 from apps.medical.medical.client_app import app
 from apps.medical.medical.report import Report
 from apps.medical.medical.server_app import train
-from apps.medical.medical.task import Settings
+from apps.medical.medical.settings import Settings
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.simulation import InProcessGrid
 

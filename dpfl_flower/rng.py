@@ -27,9 +27,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from dpfl_flower import checks
+from dpfl_flower.lazily import lazily
+
+special = lazily("scipy.special")
 
 T = TypeVar("T")
 
@@ -146,7 +148,7 @@ class RandomSource(ABC):
             signed = (self.uint64(block.size).view(np.int64) >> 11) + 0.5  # within +-2^52
             signed *= 2.0**-53
             np.subtract(0.5, np.abs(signed), out=block)  # exact, as are the steps before
-            ndtri(block, out=block)
+            special.ndtri(block, out=block)
             np.copysign(block, signed, out=block)
         return draws
 

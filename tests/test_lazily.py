@@ -9,7 +9,15 @@ from dpfl_flower.lazily import attributes_from
 
 
 @pytest.mark.parametrize(
-    "module", ["dpfl_strategies", "dpfl_flower.client", "dpfl_flower.simulation", "dpfl_flower.cli"]
+    "module",
+    [
+        "dpfl_strategies",
+        "dpfl_flower.client",
+        "dpfl_flower.client.users",
+        "dpfl_flower.simulation",
+        "dpfl_flower.cli",
+        "apps.medical.medical.client_app",
+    ],
 )
 def test_neither_torch_nor_dp_accounting_is_imported_before_something_needs_it(module: str) -> None:
     code = (

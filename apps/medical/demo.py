@@ -50,6 +50,7 @@ def run_and_report(
         run = run_flower_app(
             app,
             num_supernodes=len(HOSPITALS),
+            num_cpus=1,  # a second process takes longer to start than a hospital to train
             log_path=run_dir / "flower.log",
             run_config=overrides,
             on_line=_Progress().show,

@@ -10,7 +10,9 @@
 
 import math
 
-from scipy.special import log_ndtr
+from dpfl_flower.lazily import lazily
+
+special = lazily("scipy.special")
 
 _BISECTIONS = 120
 
@@ -24,8 +26,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
         return 0.0
     if math.isinf(mu):
         return 1.0
-    log_first = float(log_ndtr(mu / 2 - epsilon / mu))
-    log_second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    log_first = float(special.log_ndtr(mu / 2 - epsilon / mu))
+    log_second = epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu))
     if log_second >= log_first:  # equal but for rounding: the divergence is below what doubles tell
         return 0.0
     return math.exp(log_first) * -math.expm1(log_second - log_first)

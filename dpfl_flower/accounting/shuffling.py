@@ -17,11 +17,12 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from scipy.special import log_ndtr
-
 from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_epsilon
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.checks import non_negative, positive, positive_int, probability
+from dpfl_flower.lazily import lazily
+
+special = lazily("scipy.special")
 
 __all__ = ["ShuffledStatement", "shuffled_epsilon", "shuffled_gaussian_epsilon"]
 
@@ -147,7 +148,7 @@ def shuffled_gaussian_epsilon(
         if local <= 0:
             break
         # With what doubles cannot tell: two terms are subtracted, of which this is the larger.
-        unsure = 2.0**-40 * math.exp(log_ndtr(mu / 2 - local / mu))
+        unsure = 2.0**-40 * math.exp(special.log_ndtr(mu / 2 - local / mu))
         local_delta = gaussian_delta(mu, local) + unsure
         distance = local_delta * (1 + 2 * reports * math.exp(-local))
         distance += reports * total_variation

@@ -7,6 +7,8 @@ else, and a SuperNode starts a process for every message.
 from typing import TYPE_CHECKING
 
 from dpfl_flower.client.ckks import ckks_mod
+from dpfl_flower.client.clip_style import ClipStyle
+from dpfl_flower.client.dp_sgd_config import DPSGDConfig
 from dpfl_flower.client.errors import (
     NODE_LOGGER,
     ModelRefused,
@@ -27,16 +29,13 @@ from dpfl_flower.lazily import attributes_from
 
 if TYPE_CHECKING:
     from dpfl_flower.client.dp_sgd import DPSGDClient, OptimizerFactory
-    from dpfl_flower.client.dp_sgd_config import DPSGDConfig
-    from dpfl_flower.client.per_example import ClipStyle, GradientEngine
+    from dpfl_flower.client.per_example import GradientEngine
     from dpfl_flower.client.stacked_dp_sgd import StackedDPSGD, StackedOutcome
 else:
     __getattr__ = attributes_from(
         __name__,
         {
-            "ClipStyle": "per_example",
             "DPSGDClient": "dp_sgd",
-            "DPSGDConfig": "dp_sgd_config",
             "GradientEngine": "per_example",
             "OptimizerFactory": "dp_sgd",
             "StackedDPSGD": "stacked_dp_sgd",

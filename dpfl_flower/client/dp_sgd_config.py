@@ -25,8 +25,8 @@ from dpfl_flower.accounting import (
     Relation,
     calibrate_event,
 )
+from dpfl_flower.client.clip_style import ClipStyle
 from dpfl_flower.client.noise_source import NoiseSource
-from dpfl_flower.client.per_example import ClipStyle
 from dpfl_flower.clipping import AdaptiveClipping
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from dpfl_flower import checks
+from dpfl_flower.client.clip_style import ClipStyle
 from dpfl_flower.client.per_sample.bookkeeping import BookKeepingClipper
-from dpfl_flower.client.per_sample.clip import Clip, ClipStyle
+from dpfl_flower.client.per_sample.clip import Clip
 from dpfl_flower.client.per_sample.clipper import (
     Batch,
     LossFunction,

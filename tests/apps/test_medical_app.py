@@ -20,8 +20,9 @@ from apps.medical.medical.patients import HOSPITALS, Patient, sample_patients
 from apps.medical.medical.reference import train_reference
 from apps.medical.medical.report import RESULT, Report
 from apps.medical.medical.server_app import IterateAverage, train
+from apps.medical.medical.settings import Settings
 from apps.medical.medical.split import Split
-from apps.medical.medical.task import LOSS, Settings, new_model, tensors
+from apps.medical.medical.task import LOSS, new_model, tensors
 from dpfl_flower.client import DPSGDConfig, NodeErrorCode
 from dpfl_flower.client.per_example import per_example_clipper
 from dpfl_flower.simulation import Fault, InProcessGrid, NodeConfig

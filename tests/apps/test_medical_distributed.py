@@ -9,12 +9,14 @@ import pytest
 from flwr.app import Message
 
 from apps.medical.medical.client_app import app
+from apps.medical.medical.distributed import gradient_step
 from apps.medical.medical.features import FEATURES
 from apps.medical.medical.hospital import ledger_path
 from apps.medical.medical.patients import HOSPITALS
 from apps.medical.medical.report import Report
 from apps.medical.medical.server_app import train
-from apps.medical.medical.task import LOSS, Settings, gradient_step, new_model
+from apps.medical.medical.settings import Settings
+from apps.medical.medical.task import LOSS, new_model
 from dpfl_flower.accounting import Composed, Ledger, Relation, epsilon
 from dpfl_flower.client.users import app as users_app
 from dpfl_flower.simulation import Fault, InProcessGrid, NodeConfig

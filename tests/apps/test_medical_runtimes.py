@@ -1,6 +1,9 @@
 """The app under ``flwr run``, on Flower's virtual client engine, from end to end."""
 
+import io
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +12,31 @@ import pytest
 from apps.medical import demo
 from apps.medical.medical.report import Report
 from dpfl_flower.final_model import MODEL, load_model
-from dpfl_flower.simulation import FlowerRun, RunOutcome, run_app, run_flower_app
+from dpfl_flower.simulation import FlowerRun, RunConfig, RunOutcome, run_app, run_flower_app
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "apps" / "medical"
 
 
+def flower_run_here(
+    app: Path, *, log_path: Path, run_config: RunConfig, on_line: Callable[[str], None], **_: object
+) -> FlowerRun:
+    """Stand in for `run_flower_app`: the app runs in this process, its log comes at the end."""
+    log, logger = io.StringIO(), logging.getLogger("dpfl_flower")
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(levelname)s : %(message)s"))
+    logger.addHandler(handler)
+    try:
+        run = run_app(app, run_config=run_config)
+    finally:
+        logger.removeHandler(handler)
+    for line in log.getvalue().splitlines():
+        on_line(line)
+    return FlowerRun(run.outcome, run_id=run.run_id, details=run.details, log_path=log_path)
+
+
 @pytest.mark.slow
-def test_flwr_run_ends_with_the_table_and_fails_when_every_hospital_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flwr_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--run-dir", str(tmp_path), "--rounds", "2", "--timeout", "500"]
     assert demo.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -31,9 +49,18 @@ def test_flwr_run_ends_with_the_table_and_fails_when_every_hospital_refuses(
     assert report.worst_epsilon == pytest.approx(1, abs=1e-3)
     assert all(hospital.durable for hospital in report.hospitals)
 
+
+def test_the_demo_fails_when_every_hospital_refuses_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run_flower_app", flower_run_here)
+    arguments = ["--run-dir", str(tmp_path), "--rounds", "2"]
+    assert demo.main(arguments) == 0
+    report = Report.load(tmp_path)
+    assert report.table() in capsys.readouterr().out
+
     assert demo.main(arguments) == 1
     refused = capsys.readouterr()
-    assert "error code 111" in refused.out
     assert re.search(
         r"A hospital refuses: ledger .*hungary\.jsonl.* exceed the budget", refused.out
     )
@@ -47,15 +74,20 @@ def test_flwr_run_and_this_process_train_the_same_model_but_for_little_noise(
 ) -> None:
     # The least noise that there is: two runs differ by about 0.001 in weights of up to 0.14.
     free: dict[str, int | float] = {"target-epsilon": 1e8, "clip-norm": 0.5, "num-server-rounds": 3}
+    lines: list[str] = []
     ended = run_flower_app(
         APP,
         num_supernodes=4,
         num_cpus=1,
         log_path=tmp_path / "flower.log",
         run_config=free | {"run-dir": str(tmp_path / "flower")},
+        flwr_home=tmp_path / "home",
+        on_line=lines.append,
         timeout_seconds=500,
     )
     assert ended.completed, ended.details
+    assert ended.log_path.read_text(encoding="utf-8").splitlines() == lines
+    assert (tmp_path / "home" / "state.db").exists()
     assert run_app(APP, run_dir=tmp_path / "here", run_config=free).completed
     there, here = (load_model(tmp_path / name / MODEL) for name in ("flower", "here"))
     assert there.keys() == here.keys()

@@ -9,8 +9,9 @@ from torch import nn
 
 from .evaluation import ScoreHistogram
 from .patients import HOSPITALS, sample_patients
+from .settings import Settings
 from .split import Split
-from .task import LOSS, GradientDescent, Settings, new_model, probabilities, tensors
+from .task import LOSS, GradientDescent, new_model, probabilities, tensors
 
 
 def train_reference(settings: Settings) -> nn.Linear:

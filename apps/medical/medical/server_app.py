@@ -28,7 +28,8 @@ from .hospital import SAMPLE
 from .patients import HOSPITALS
 from .reference import reference_histograms
 from .report import HospitalReport, Report
-from .task import Settings, Trust, new_model
+from .settings import Settings, Trust
+from .task import new_model
 
 log = logging.getLogger("flwr.medical")
 

@@ -9,31 +9,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from dpfl_flower import checks
+from dpfl_flower.client.clip_style import ClipStyle
 
 _MARGIN: Final = 1 - 2.0**-22
 _LIMIT: Final = 2.0**100
 _STABILITY: Final = 0.01  # gamma of arXiv 2206.07136, section 4
-
-
-class ClipStyle(StrEnum):
-    """What the clip norm bounds; under each, one record moves the sum by at most that norm.
-
-    ``FLAT``: the whole gradient g is scaled by min(1, C / |g|) (Abadi et al., arXiv 1607.00133).
-    ``PER_LAYER``: each of the L layers' parts is clipped to C / sqrt(L) by itself (McMahan et al.,
-    arXiv 1710.06963, section 3.1). ``AUTOMATIC``: g is scaled by C / (|g| + 0.01), so that C is no
-    more than a learning rate (AUTO-S: Bu et al., arXiv 2206.07136, section 4).
-    """
-
-    FLAT = "flat"
-    PER_LAYER = "per-layer"
-    AUTOMATIC = "automatic"
 
 
 @dataclass(frozen=True)

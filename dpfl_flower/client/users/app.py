@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
@@ -14,18 +14,20 @@ from dpfl_flower import records
 from dpfl_flower.client.awaiting import request_awaiting_noise
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, guard_mod
 from dpfl_flower.client.policy import NodePolicy
-from dpfl_flower.client.users.cohort import AnyRequest, UserCohort
-from dpfl_flower.client.users.request import CohortRequest
+from dpfl_flower.client.users.request import AnyRequest, CohortRequest
 from dpfl_flower.wire import read_array
+
+if TYPE_CHECKING:
+    from dpfl_flower.client.users.cohort import UserCohort
 
 __all__ = ["CohortFn", "user_cohort_app"]
 
-CohortFn = Callable[[Context], UserCohort]
+CohortFn = Callable[[Context], "UserCohort"]
 """Builds a node's cohort, once for a process and a run."""
 
 _Key = tuple[int, int, str, str]
 
-_cohorts: Final[dict[_Key, UserCohort]] = {}
+_cohorts: Final[dict[_Key, "UserCohort"]] = {}
 _lock: Final = threading.Lock()
 
 
@@ -91,7 +93,7 @@ def _parse(content: RecordDict) -> tuple[AnyRequest, dict[str, NDArray[np.generi
         ) from error
 
 
-def _resident(cohort_fn: CohortFn, context: Context) -> UserCohort:
+def _resident(cohort_fn: CohortFn, context: Context) -> "UserCohort":
     # The function itself is another object for every message: it is known by its name.
     key = (context.run_id, context.node_id, cohort_fn.__module__, cohort_fn.__qualname__)
     with _lock:

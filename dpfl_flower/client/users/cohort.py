@@ -23,24 +23,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpfl_flower import checks
-from dpfl_flower.client.awaiting import AwaitingRequest
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.users.closed_form import ClosedFormEngine, LocalUpdate
 from dpfl_flower.client.users.engine import Chunk, Engine, UserEngine
 from dpfl_flower.client.users.model import ModelFn
 from dpfl_flower.client.users.registry import Member, UserRegistry, Users
-from dpfl_flower.client.users.request import CohortRequest
+from dpfl_flower.client.users.request import AnyRequest
 from dpfl_flower.client.users.selection import select_engine
 from dpfl_flower.client.users.training import LocalTraining
 from dpfl_flower.layout import Array, ArrayLayout
 from dpfl_flower.rng import RandomSource, secure
 
-__all__ = ["AnyRequest", "UserCohort"]
+__all__ = ["UserCohort"]
 
 logger = logging.getLogger(NODE_LOGGER)
-
-AnyRequest = CohortRequest | AwaitingRequest
 
 
 @final

@@ -13,6 +13,7 @@ from typing import Final, Self, cast
 from flwr.app import ConfigRecord
 
 from dpfl_flower import checks
+from dpfl_flower.client.awaiting import AwaitingRequest
 from dpfl_flower.client.grid_fields import (
     GRID_FIELDS,
     grid_from_fields,
@@ -22,7 +23,7 @@ from dpfl_flower.client.grid_fields import (
 )
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 
-__all__ = ["CohortRequest", "UserId"]
+__all__ = ["AnyRequest", "CohortRequest", "UserId"]
 
 UserId = int | str
 """A user's name inside its node."""
@@ -151,3 +152,7 @@ def _check_users(users: tuple[UserId, ...]) -> None:
     # Someone named twice would contribute twice, which is twice the bound.
     if len(set(users)) != len(users):
         raise ValueError(f"users={users!r} must name nobody twice")
+
+
+AnyRequest = CohortRequest | AwaitingRequest
+"""What a cohort answers: with noise to come from the server, or from a mod on the node."""
