@@ -32,6 +32,7 @@ clientapp = "small.app:client"
 
 [tool.flwr.app.config]
 mode = "well"
+text = ""
 """
 
 APP = """
@@ -58,6 +59,7 @@ def train(message, context):
 
 @server.main()
 def main(grid, context):
+    print("the text is", context.run_config["text"])
     if context.run_config["mode"] == "quiet":
         return
     strategy = DPFedAvg(
@@ -124,5 +126,10 @@ def test_a_run_whose_nodes_all_fail_leaves_what_was_released(app: Path, tmp_path
 
 @pytest.mark.slow
 def test_so_does_flowers_simulation(app: Path, tmp_path: Path) -> None:
-    done = invoke(app, "--engine", "flower", "--run-dir", tmp_path / "run", "--timeout", 300)
+    text = r'a "quoted" path/with = and ünïcode'
+    config = ["--run-config", f"text='{text}'"]
+    done = invoke(app, "--engine", "flower", "--run-dir", tmp_path / "run", *config)
     require_released_model(done, tmp_path / "run", tmp_path / "beside.npy")
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    assert f"the text is {text}" in log.splitlines()
+    assert "\x1b" not in log

@@ -75,3 +75,10 @@ def in_process(*, nodes: int, rounds: int, dropouts: bool = False) -> np.ndarray
     app.train(mods=[dropping] if dropouts else [])(train)
     with InProcessGrid(app, num_supernodes=nodes) as grid:
         return run(grid, nodes=nodes, rounds=rounds, secure_aggregation=None)
+
+
+def require_plain_sums(model: np.ndarray, *, nodes: int, rounds: int) -> None:
+    """Require the model of the same survivors without masks, and that the dropouts count."""
+    expected = in_process(nodes=nodes, rounds=rounds, dropouts=True)
+    np.testing.assert_array_equal(model, expected)
+    assert np.any(model != in_process(nodes=nodes, rounds=rounds))
