@@ -31,9 +31,8 @@ unit: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	# Python compiles what it imports, and most of what comes with the packages never is.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[apps,dev]"
-	# As pip would, but on all cores; some packages hold files that no Python compiles.
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	touch $@
 
 clean:

@@ -370,7 +370,7 @@ def test_order_and_grouping_do_not_matter():
     assert epsilon(grouped[::-1], delta=1e-5, relation=ADD_REMOVE) == once
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.floats(0.01, 0.9),
     st.floats(0.4, 20.0),

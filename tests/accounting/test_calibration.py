@@ -135,7 +135,7 @@ def test_a_rate_below_delta_is_priced_by_coins_down_to_where_they_are_believed()
     assert epsilon([event], delta=1e-5, relation=ADD_REMOVE) <= 1.0
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.floats(0.01, 100.0), st.integers(1, 300), st.floats(1e-3, 1.0))
 @example(0.01, 300, 1.0)
 @example(100.0, 1, 1e-3)
@@ -152,7 +152,7 @@ def test_more_budget_needs_less_noise_and_more_rounds_need_more(target, rounds, 
     assert solve(rounds=2 * rounds) >= z / slack
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.floats(0.3, 8.0), st.floats(0.5, 5.0), st.floats(1e-3, 0.3))
 def test_affordable_rounds_is_the_last_that_fits(target, z, rate):
     budget, event = PrivacyBudget(target, 1e-5), PoissonSampled(rate, Gaussian(z))
