@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -46,7 +47,12 @@ def dtype_name(array: Array) -> str:
     """Return the plain name of an array's dtype, the same for numpy and torch: ``"float32"``."""
     if _is_tensor(array):
         return str(array.dtype).removeprefix("torch.")
-    return str(np.dtype(array.dtype.type))
+    return _native_name(array.dtype)
+
+
+@cache
+def _native_name(dtype: np.dtype[Any]) -> str:
+    return str(np.dtype(dtype.type))
 
 
 def is_floating(array: Array) -> bool:

@@ -77,17 +77,29 @@ def read_array(array: Array) -> NDArray[np.generic]:
     return flat.reshape(header.shape, order=header.order)
 
 
+@lru_cache(maxsize=1024)
+def _written(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> tuple[bytes, str]:
+    """Return what is written before a row-major array, and its type's name."""
+    if dtype.hasobject:
+        raise ValueError(f"dtype={dtype!r} must not hold Python objects")
+    stream = BytesIO()
+    npy.write_array_header_1_0(
+        stream, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue(), str(dtype)
+
+
 def write_array(array: NDArray[np.generic]) -> Array:
-    """Return ``Array(array)``, copied once instead of four times; for a flat, contiguous array.
+    """Return ``Array(array)``, copied once instead of four times, and row-major in any case.
 
     >>> import numpy as np
     >>> write_array(np.arange(3)).data == Array(np.arange(3)).data
     True
     """
-    stream = BytesIO()
-    npy.write_array_header_1_0(stream, npy.header_data_from_array_1_0(array))
-    data = b"".join((stream.getvalue(), np.ascontiguousarray(array).data))
-    return Array(dtype=str(array.dtype), shape=array.shape, stype=_STYPE, data=data)
+    rows = np.asarray(array, order="C")
+    header, name = _written(rows.dtype, rows.shape)
+    data = b"".join((header, rows.data))
+    return Array(dtype=name, shape=rows.shape, stype=_STYPE, data=data)
 
 
 def answered_arrays(content: RecordDict) -> dict[str, NDArray[np.generic]]:

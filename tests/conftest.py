@@ -16,7 +16,10 @@ _UNTRACED = tuple(
     for path in (
         "apps",
         "contracts",
+        "client/per_sample/test_layers.py",
+        "client/per_sample/test_opacus_layers.py",
         "client/users/test_engines.py",
+        "client/users/test_isolation.py",
         "distributed/test_plan.py",
         "noise/test_opendp.py",
         "secagg/test_hostile_inputs.py",

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Array
 from numpy.lib import format as npy
 
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import read_array, write_array
 
 
 def serialized(array, version=None):
@@ -14,7 +14,7 @@ def serialized(array, version=None):
     return Array(str(array.dtype), tuple(array.shape), "numpy.ndarray", stream.getvalue())
 
 
-@pytest.mark.parametrize(
+every_layout = pytest.mark.parametrize(
     "array",
     [
         np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -27,12 +27,34 @@ def serialized(array, version=None):
     ],
     ids=["C", "Fortran", "strided", "0-d", "empty", "bool", "big endian"],
 )
+
+
+@every_layout
 def test_it_reads_what_flower_reads(array):
     message = Array(array)
     ours, theirs = read_array(message), message.numpy()
     np.testing.assert_array_equal(ours, theirs)
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
+
+
+@every_layout
+def test_flower_reads_what_it_writes(array):
+    message, theirs = write_array(array), Array(array)
+    np.testing.assert_array_equal(message.numpy(), array)
+    assert message.numpy().dtype == array.dtype
+    assert (message.dtype, message.shape, message.stype) == (
+        theirs.dtype,
+        theirs.shape,
+        theirs.stype,
+    )
+    if array.flags.c_contiguous:
+        assert message.data == theirs.data
+
+
+def test_python_objects_are_not_written():
+    with pytest.raises(ValueError, match="Python objects"):
+        write_array(np.array([print, {}], dtype=object))
 
 
 def test_the_view_shares_the_message_and_cannot_be_written():

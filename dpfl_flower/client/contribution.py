@@ -35,6 +35,7 @@ from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import fewest_bits
+from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
 from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
 
@@ -182,8 +183,8 @@ class Contribution(ABC):
         """The records that the app is called with."""
 
     @abstractmethod
-    def vector(self, answer: RecordDict) -> NDArray[np.int64]:
-        """Return the vector to be masked, int64, shape ``(width,)``.
+    def vector(self, answer: RecordDict) -> Integers:
+        """Return the vector to be masked, shape ``(width,)``.
 
         Raises
         ------
@@ -219,7 +220,7 @@ class BoundedUpdate(Contribution):
         """The model and the app's config."""
         return self._task
 
-    def vector(self, answer: RecordDict) -> NDArray[np.int64]:
+    def vector(self, answer: RecordDict) -> NDArray[np.int32]:
         """Return the bounded update, and last the clip indicator where one is asked for."""
         request, layout = self._request, self._layout
         try:

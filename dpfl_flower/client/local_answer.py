@@ -14,7 +14,6 @@ from typing import Self
 
 import numpy as np
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -39,6 +38,7 @@ from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.noise import NoiseDistribution
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, to_float
 from dpfl_flower.rng import secure
+from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.wire import answered_arrays, read_array, write_array
 
 __all__ = ["LocalPolicy", "local_noise_mod"]
@@ -229,13 +229,15 @@ def _answer(
         if noise.unit is PrivacyUnit.NODE:
             arrays = answered_arrays(reply.content)
             layout.check(arrays)
-            integers = bounded.contribution(layout.released(arrays), layout.released(reference))
+            sum_: Integers = bounded.contribution(
+                layout.released(arrays), layout.released(reference)
+            )
         else:
-            integers = _sum_of(reply.content, grid)
+            sum_ = _sum_of(reply.content, grid)
     except (KeyError, TypeError, ValueError) as error:
         raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
     claimed = _charge(plan, ledger, policy, law=law, width=grid.width)
-    noisy = integers + law.sample(grid.width, secure())
+    noisy = sum_ + law.sample(grid.width, secure())
     content = RecordDict({records.PRIVACY: claimed})
     if request is not None:
         content[records.INTEGER_SUM] = ArrayRecord({records.SUM: write_array(noisy)})
@@ -245,7 +247,7 @@ def _answer(
         layout.restore(layout.flatten(reference) + update, reference)
     )
     content[records.ARRAYS] = ArrayRecord(
-        {name: Array(np.asarray(array)) for name, array in released.items()}
+        {name: write_array(np.asarray(array)) for name, array in released.items()}
     )
     content[records.METRICS] = MetricRecord({records.NUM_EXAMPLES: 1})
     return Message(content, reply_to=message)

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
-from numpy.typing import NDArray
 
 from dpfl_flower import records
 from dpfl_flower.client.contribution import Contribution
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, app_failed
+from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
 
@@ -54,8 +53,8 @@ def contributed(
     call_next: ClientAppCallable,
     *,
     width: int,
-) -> NDArray[np.int64]:
-    """Call the app and return the vector, int64, shape ``(width,)``, that its answer makes.
+) -> Integers:
+    """Call the app and return the vector, shape ``(width,)``, that its answer makes.
 
     Raises
     ------

@@ -12,6 +12,7 @@ array([ 9830, 13107])
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -76,10 +77,13 @@ class BoundedSum:
         if dither_seed is not None:
             self._dither = dither(dither_seed, grid.dimension)
         self._workspaces: dict[np.dtype[np.generic], kernels.Workspace] = {}
-        self._total = np.zeros(grid.width, np.int64)
         # A float32 sum of integers is exact below 2^24; it is emptied into the total before that.
         self._pending: list[NDArray[np.float32]] = []
         self._pending_units = 0
+
+    @cached_property
+    def _total(self) -> NDArray[np.int64]:
+        return np.zeros(self._grid.width, np.int64)  # a node that is one unit sums nothing
 
     @property
     def total(self) -> NDArray[np.int64]:
@@ -94,7 +98,7 @@ class BoundedSum:
         reference: Sequence[Array] | None = None,
         *,
         weight: float = 1.0,
-    ) -> NDArray[np.int64]:
+    ) -> NDArray[np.int32]:
         """Return what :meth:`add` would add: ``round(clip(weight * (values - reference)))``.
 
         Parameters
@@ -108,8 +112,9 @@ class BoundedSum:
 
         Returns
         -------
-        int64 array, shape (grid.width,)
-            All zeros when an entry of the difference, or its norm, is not finite.
+        int32 array, shape (grid.width,)
+            No entry exceeds the bound, which is at most 2^26. All zeros when an entry of the
+            difference, or its norm, is not finite.
 
         Raises
         ------
@@ -117,10 +122,10 @@ class BoundedSum:
             When the weight is out of range or the arrays do not fit the grid.
         """
         grid = self._grid
-        vector = np.zeros(grid.width, np.int64)
+        vector = np.empty(grid.width, np.int32)
         work, indicator = self._integers(values, reference, weight, pending=None)
-        if work is not None:
-            np.copyto(vector[: grid.dimension], work.values, casting="unsafe")
+        integers = 0 if work is None else work.values
+        np.copyto(vector[: grid.dimension], integers, casting="unsafe")
         if grid.indicator_units:
             vector[-1] = indicator
         return vector

@@ -85,6 +85,7 @@ class IntegerGrid:
         checks.non_negative_int(noise_units=self.noise_units, indicator_units=self.indicator_units)
         checks.positive(clip_units=self.clip_units)
         checks.at_most(LARGEST_SENSITIVITY_UNITS, sensitivity_units=self.sensitivity_units)
+        checks.at_most(LARGEST_SENSITIVITY_UNITS, indicator_units=self.indicator_units)
         checks.at_most(self.sensitivity_units, clip_units=self.clip_units)
         object.__setattr__(self, "norm", Norm(self.norm))
         object.__setattr__(self, "rounding", checks.choice(Rounding, rounding=self.rounding))

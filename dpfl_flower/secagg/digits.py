@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
+from dpfl_flower.secagg.encoding import Integers
 
 __all__ = [
     "CAPACITY",
@@ -118,11 +119,13 @@ class DigitCode:
         """Ciphertexts of a vector."""
         return -(-self.digits * (self.width + 1) // SLOTS)
 
-    def encode(self, vector: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the digits of ``vector``, int64, shape ``(width,)``: shape ``(chunks, SLOTS)``."""
-        if vector.dtype != np.int64 or vector.shape != (self.width,):
-            raise ValueError(f"vector={vector.dtype}{vector.shape} must be int64({self.width},)")
-        centred = self._reduced(vector)
+    def encode(self, vector: Integers) -> NDArray[np.float64]:
+        """Return the digits of ``vector``, shape ``(width,)``: shape ``(chunks, SLOTS)``."""
+        if vector.dtype not in (np.int32, np.int64) or vector.shape != (self.width,):
+            raise ValueError(
+                f"vector={vector.dtype}{vector.shape} must be int32 or int64({self.width},)"
+            )
+        centred = self._reduced(vector.astype(np.int64, copy=False))
         slots = np.zeros(self.chunks * SLOTS)
         table = self._table(slots)
         table[0, -1] = 1

@@ -15,9 +15,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["WORD64", "Encoding", "Words", "add_words"]
+__all__ = ["WORD64", "Encoding", "Integers", "Words", "add_words"]
 
 WORD64: Final = np.dtype(np.uint64).newbyteorder("<")
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
+"""What nodes add up."""
 
 Words = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
 """Machine words, little-endian; each is masked mod 2^(its width)."""
@@ -47,8 +50,8 @@ class Encoding(ABC):
         """Return how many bytes a packed vector of ``width`` entries takes."""
 
     @abstractmethod
-    def words(self, vector: NDArray[np.int64]) -> Words:
-        """Return new words for ``vector``, int64, shape ``(width,)``."""
+    def words(self, vector: Integers) -> Words:
+        """Return new words for ``vector``, shape ``(width,)``."""
 
     @abstractmethod
     def signed(self, words: Words) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
-from dpfl_flower.secagg.encoding import WORD64, Encoding, Words, add_words
+from dpfl_flower.secagg.encoding import WORD64, Encoding, Integers, Words, add_words
 from dpfl_flower.secagg.modulus import Modulus, bits_without_wrap, fewest_bits
 from dpfl_flower.secagg.split_lanes import (
     SPLIT_BITS,
@@ -71,8 +71,8 @@ class Lanes(Encoding):
         """Return 8 bytes a word."""
         return -(-width // self.lanes) * WORD64.itemsize
 
-    def words(self, vector: NDArray[np.int64]) -> Words:
-        """Return new words for ``vector``, int64, shape ``(width,)``."""
+    def words(self, vector: Integers) -> Words:
+        """Return new words for ``vector``, shape ``(width,)``."""
         size = -(-vector.size // self.lanes)
         words = np.empty(size, WORD64)
         signed = words.view(np.int64)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfl_flower import checks
-from dpfl_flower.secagg.encoding import Encoding, Words
+from dpfl_flower.secagg.encoding import Encoding, Integers, Words
 
 __all__ = ["MAX_BITS", "Modulus", "bits_without_wrap", "fewest_bits"]
 
@@ -103,8 +103,8 @@ class Modulus(Encoding):
         """Return the length of a packed vector: a whole number of bytes an entry."""
         return self.entry_bytes * width
 
-    def words(self, vector: NDArray[np.int64]) -> Words:
-        """Return a new array of the residues of ``vector``, int64, shape ``(width,)``."""
+    def words(self, vector: Integers) -> Words:
+        """Return a new array of the residues of ``vector``, shape ``(width,)``."""
         words: Words = vector.astype(self.word_type)  # wraps mod 2^word_bits, as C casts do
         return words
 

@@ -15,10 +15,10 @@ import hmac
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpfl_flower.rng import RandomSource, secure
 from dpfl_flower.secagg import shamir
+from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.keys import KeyPair, commitment
 from dpfl_flower.secagg.lanes import encoding_of
@@ -214,22 +214,24 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
     return dataclasses.replace(state, sharers=senders, held=tuple(held), opening=())
 
 
-def mask(state: NodeState, vector: NDArray[np.int64]) -> tuple[NodeState, Masked]:
+def mask(state: NodeState, vector: Integers) -> tuple[NodeState, Masked]:
     """Return the vector under its own mask and one with each peer, packed.
 
     Parameters
     ----------
     state : NodeState
         As `accept_shares` left it.
-    vector : int64 array, shape (width,)
+    vector : int32 or int64 array, shape (width,)
 
     Raises
     ------
     ValueError
         If the vector is of another type or shape.
     """
-    if vector.dtype != np.int64 or vector.shape != (state.width,):
-        raise ValueError(f"vector={vector.dtype}{list(vector.shape)} must be int64[{state.width}]")
+    if vector.dtype not in (np.int32, np.int64) or vector.shape != (state.width,):
+        raise ValueError(
+            f"vector={vector.dtype}{list(vector.shape)} must be int32 or int64[{state.width}]"
+        )
     encoding = encoding_of(state.bits, state.lanes)
     words = encoding.words(vector)
     masking = KeyPair(state.mask_private)

@@ -21,7 +21,7 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfl_flower.secagg.encoding import WORD64, Encoding, Words, add_words
+from dpfl_flower.secagg.encoding import WORD64, Encoding, Integers, Words, add_words
 
 __all__ = ["SPLIT_BITS", "SPLIT_LANES", "SPLIT_PARTIES", "SplitLanes"]
 
@@ -60,8 +60,8 @@ class SplitLanes(Encoding):
         """Return 8 bytes a word: 3 an entry."""
         return self.word_count(width) * WORD64.itemsize
 
-    def words(self, vector: NDArray[np.int64]) -> Words:
-        """Return new words for ``vector``, int64, shape ``(width,)``."""
+    def words(self, vector: Integers) -> Words:
+        """Return new words for ``vector``, shape ``(width,)``."""
         size = -(-vector.size // SPLIT_LANES)
         words = np.empty(3 * size, WORD64)
         first, middle, last = words.view(np.int64).reshape(3, size)
@@ -113,18 +113,16 @@ class SplitLanes(Encoding):
         add_words(total, packed)
 
 
-def _eighth(
-    vector: NDArray[np.int64], size: int, index: int, start: int, stop: int
-) -> NDArray[np.int64]:
+def _eighth(vector: Integers, size: int, index: int, start: int, stop: int) -> Integers:
     found = vector[index * size + start : index * size + stop]
     if found.size == stop - start:
         return found
-    filled = np.zeros(stop - start, np.int64)
+    filled = np.zeros(stop - start, vector.dtype)
     filled[: found.size] = found
     return filled
 
 
-def _high(entries: NDArray[np.int64], out: NDArray[np.int64]) -> NDArray[np.int64]:
+def _high(entries: Integers, out: NDArray[np.int64]) -> NDArray[np.int64]:
     """Write the high digits to ``out``; return it."""
     np.add(entries, 1 << (_LOW - 1), out=out)
     np.right_shift(out, _LOW, out=out)

@@ -4,22 +4,23 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from dpfl_flower import records
+from dpfl_flower.wire import read_array, write_array
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    """Return the record's arrays by name, in its order."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Return the record's arrays by name, in its order: read-only views of its own bytes."""
+    return {name: read_array(array) for name, array in record.items()}
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Return a record of ``arrays``, in their order."""
-    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: write_array(np.asarray(array)) for name, array in arrays.items()})
 
 
 def to_messages(

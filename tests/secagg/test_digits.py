@@ -86,4 +86,4 @@ def test_shapes_are_checked():
     with pytest.raises(ValueError, match="vector="):
         code.encode(np.zeros(4, np.int64))
     with pytest.raises(ValueError, match="vector="):
-        code.encode(np.zeros(5, np.int32))
+        code.encode(np.zeros(5, np.int16))

@@ -1,5 +1,6 @@
 """A node's users: drawn by secret coins, each bounded, answered for by one integer sum.
 
+>>> from dpfl_flower.client.users.request import CohortRequest
 >>> from dpfl_flower.quantize import IntegerGrid
 >>> users = {"ann": 1.0, "bob": 3.0}
 >>> cohort = UserCohort(users, local_update=lambda arrays, data: {"mean": arrays["mean"] + data})
