@@ -6,7 +6,8 @@ prepared replies. Ours: all stages of one node from weights to packed vector, an
 server, records read and written. 20 nodes on the complete graph, and 100 nodes with 20 neighbours
 each; nobody drops out. The key and share stages of all nodes are gone through beforehand; all
 masked vectors that a server gets are one node's, which costs it the same. And the masks alone: 20
-of 1 M entries, expanded and added. Interleaved in one run, one thread, CPU time.
+for 1 M parameters in the words of 20 nodes, expanded and added. Interleaved in one run, one thread,
+CPU time.
 
 Run it with ``python -m benchmarks.secagg``.
 """
@@ -321,9 +322,11 @@ class Ours:
 def masks_alone() -> float:
     """Print the table for 20 masks of one vector, and return the ratio."""
     keys = [secure().random_bytes(32) for _ in range(20)]
+    grid = IntegerGrid.for_noise_multiplier(1.0, DIMENSION)
+    encoding = encoding_without_wrap(grid.sensitivity_units, 20, DIMENSION)
 
     def ours() -> None:
-        apply_masks(np.zeros(DIMENSION, np.uint32), add=keys)
+        apply_masks(encoding.zeros(DIMENSION), add=keys)
 
     def theirs() -> None:
         vector = [np.zeros(DIMENSION, np.int64)]
@@ -340,7 +343,7 @@ def masks_alone() -> float:
         ours="dpfl-flower",
         theirs="Flower SecAgg+",
         bar=BAR,
-        title=f"20 masks of {DIMENSION:,} entries mod 2^32",
+        title=f"20 masks for {DIMENSION:,} parameters",
     )
     print()
     return ratio

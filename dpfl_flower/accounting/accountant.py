@@ -220,6 +220,11 @@ class Price:
             slack = 1.01 * needed
         return math.inf
 
+    def quick_epsilon(self, delta: float) -> float:
+        """Return an epsilon that is proven too, about a thousandth larger and faster by far."""
+        guess = gaussian_epsilon(self.approximate_mu(), delta) if self.gridded else 0.0
+        return self.epsilon(delta, coarseness=self.coarsest(guess) if guess > 0 else 1)
+
     def _epsilon_exact(self, delta: float, coarseness: int) -> float:
         if not self.counts:
             return 0.0

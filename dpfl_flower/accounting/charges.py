@@ -95,6 +95,13 @@ class Charges:
             )
         return self._epsilons[delta]
 
+    def quick_epsilon(self, delta: float) -> float:
+        """Return at least that epsilon, and about a thousandth more: faster by far."""
+        if delta in self._epsilons:
+            return self._epsilons[delta]
+        price = Price(self.events(), self._relation, total_variation=self.total_variation)
+        return price.quick_epsilon(delta)
+
     def remaining(self, run: str, *, epsilon_budget: float) -> int:
         """Return how many more planned releases of a run stay within a budget."""
         plan = self._plans[run]

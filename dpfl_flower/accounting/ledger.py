@@ -291,6 +291,11 @@ class Ledger:
         with self._lock:
             return self._charges.epsilon(self.delta if delta is None else delta)
 
+    def quick_epsilon(self) -> float:
+        """Return about :meth:`epsilon` and no less, for who only watches: within a thousandth."""
+        with self._lock:
+            return self._charges.quick_epsilon(self.delta)
+
     def spent(self) -> PrivacyStatement:
         """Return what was spent, with all that the number needs to mean something."""
         return PrivacyStatement(

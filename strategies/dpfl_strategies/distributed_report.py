@@ -22,7 +22,7 @@ from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan
 from dpfl_strategies.distributed_run import DistributedRun
 from dpfl_strategies.privacy_request import PrivacyRequest
-from dpfl_strategies.run_report import epsilon_of, is_priced
+from dpfl_strategies.run_report import epsilon_of, is_priced, spent_so_far
 from dpfl_strategies.server_optimizers import ServerOptimizer
 from dpfl_strategies.signal_to_noise import signal_to_noise
 
@@ -87,7 +87,9 @@ class DistributedReport:
         releases = run.ledger.releases
         spent = f"{releases} releases charged"
         if is_priced(server_round, num_rounds):
-            spent = epsilon_of(run.ledger.epsilon(), run.ledger.budget)
+            spent = epsilon_of(
+                spent_so_far(run.ledger, server_round, num_rounds), run.ledger.budget
+            )
         signal = self.signal_to_noise.get(server_round)
         return f"{spent}, " + (
             "nothing released" if signal is None else f"signal-to-noise {signal:.2g}"

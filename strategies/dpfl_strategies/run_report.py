@@ -4,12 +4,12 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from dpfl_flower.accounting import PrivacyBudget
+from dpfl_flower.accounting import Ledger, PrivacyBudget
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_strategies.gathering import Gathering
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
 
-__all__ = ["RunReport", "epsilon_of", "is_priced"]
+__all__ = ["RunReport", "epsilon_of", "is_priced", "spent_so_far"]
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -21,6 +21,11 @@ def is_priced(server_round: int, num_rounds: int) -> bool:
     [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 25]
     """
     return server_round % max(1, num_rounds // 10) == 0 or server_round == num_rounds
+
+
+def spent_so_far(ledger: Ledger, server_round: int, num_rounds: int) -> float:
+    """Return the ledger's epsilon, and before the last round up to a thousandth more."""
+    return ledger.epsilon() if server_round == num_rounds else ledger.quick_epsilon()
 
 
 def epsilon_of(epsilon: float, budget: PrivacyBudget | None) -> str:
@@ -73,4 +78,6 @@ class RunReport:
             return "no epsilon: the noise is seeded"
         if not is_priced(server_round, num_rounds):
             return f"{server_round} releases charged"
-        return epsilon_of(run.ledger.epsilon(), self.plan.request.budget)
+        return epsilon_of(
+            spent_so_far(run.ledger, server_round, num_rounds), self.plan.request.budget
+        )

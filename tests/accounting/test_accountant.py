@@ -25,6 +25,7 @@ from dpfl_flower.accounting import (
     total_variation_delta,
 )
 from dpfl_flower.accounting import rdp as renyi
+from dpfl_flower.accounting.accountant import Price
 from dpfl_flower.accounting.analytic import gaussian_delta, gaussian_mu
 
 ADD_REMOVE, REPLACE, ZERO_OUT = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE, Relation.ZERO_OUT
@@ -400,6 +401,31 @@ def test_epsilon_and_delta_invert_each_other(rate, z, rounds):
     events = [Composed(PoissonSampled(rate, Gaussian(z)), rounds)]
     cost = epsilon(events, delta=1e-4, relation=ADD_REMOVE)
     assert delta(events, epsilon=cost, relation=ADD_REMOVE) <= 1e-4 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("relation", list(Relation))
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [Composed(PoissonSampled(0.2, Gaussian(0.7)), 12)],
+        [Composed(PoissonSampled(0.01, Gaussian(1.0)), 1000)],
+        [Composed(PoissonSampled(0.25, Gaussian(20.0)), 5000), Laplace(4.0)],
+        [Composed(CappedPoissonSampled(100, 0.1, 15, 1.0), 30)],
+        [PoissonSampled(1e-7, Gaussian(5.0))],
+        [Gaussian(3.0), Laplace(2.0)],
+        [Gaussian(0.0)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("total_variation", [0.0, 1e-9])
+def test_a_quick_look_costs_no_less_and_hardly_more(events, relation, total_variation):
+    price = Price(events, relation, total_variation=total_variation)
+    exact, quick = price.epsilon(1e-5), price.quick_epsilon(1e-5)
+    if math.isinf(exact):
+        assert quick == exact
+    else:
+        assert exact - 1e-9 <= quick <= exact * 1.002 + 1e-6
 
 
 def test_inexact_samplers_cost_delta():

@@ -83,6 +83,16 @@ def test_charges_outlive_the_process(path):
         assert ledger.releases == 4
 
 
+def test_a_quick_look_tells_no_less_than_everything_charged(path):
+    with opened(path) as ledger:
+        ledger.plan("model", PoissonSampled(0.2, Gaussian(2.0)), 60, max_charge=20)
+        for _ in range(3):
+            ledger.charge("model", count=20)
+            quick = ledger.quick_epsilon()
+            assert ledger.epsilon() - 1e-9 <= quick <= ledger.epsilon() * 1.002
+            assert ledger.quick_epsilon() == ledger.epsilon()  # which is known now
+
+
 def test_runs_on_the_same_data_compose(path):
     with opened(path) as ledger:
         ledger.plan("a", Gaussian(10.0), 10)
