@@ -105,7 +105,7 @@ def lora() -> nn.Module:
     model = Transformer().requires_grad_(False)
     for block in model.blocks:
         assert isinstance(block, Block)
-        block.query, block.value = Adapted(block.query), Adapted(block.value)  # type: ignore[arg-type]
+        block.query, block.value = Adapted(block.query), Adapted(block.value)
     return model
 
 

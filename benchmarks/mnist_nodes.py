@@ -90,14 +90,14 @@ def configured(epsilon: float) -> DPSGDConfig:
 def ours(model: nn.Module, data: TensorDataset, config: DPSGDConfig, arrays: Arrays) -> Arrays:
     """Train one round on a node as `DPSGDClient` does, without its ledger, which costs the most."""
     _load(model, arrays)
-    stddev = config.resolve_noise_multiplier() * CLIP_NORM
-    release = NoisyGradient(stddev, EXPECTED, secure())
+    release = NoisyGradient(config.resolve_noise_multiplier(), EXPECTED, secure())
     images, labels = data.tensors
     with per_example_clipper(model, LOSS, clip_norm=CLIP_NORM) as clipper:
         optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
         for _ in range(STEPS):
             chosen = torch.from_numpy(secure().coins(RATE, len(labels)))
-            noisy = release(clipper.clipped_sum([images[chosen], labels[chosen]]))
+            total = clipper.clipped_sum([images[chosen], labels[chosen]])
+            noisy = release(total, clip_norm=CLIP_NORM)
             for parameter, gradient in zip(clipper.parameters, noisy, strict=True):
                 parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()

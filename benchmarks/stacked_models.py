@@ -52,7 +52,7 @@ def _datasets() -> list[TensorDataset]:
 def loop(steps: int) -> Round:
     """Return a round of one `DPSGDClient` after the other."""
     clients = [
-        DPSGDClient(mlp(), data, ledger=NodeLedger(f"loop-{i}"), **_settings(steps))  # type: ignore[arg-type]
+        DPSGDClient(mlp(), data, ledger=NodeLedger(f"loop-{i}"), **_settings(steps))
         for i, data in enumerate(_datasets())
     ]
     return lambda: [client.fit(client.get_parameters({}), {}) for client in clients]
@@ -64,7 +64,7 @@ def stacked(steps: int) -> Round:
         [mlp() for _ in range(MODELS)],
         _datasets(),
         ledgers=[NodeLedger(f"stacked-{index}") for index in range(MODELS)],
-        **_settings(steps),  # type: ignore[arg-type]
+        **_settings(steps),
     )
     if not stack.stacked:
         raise RuntimeError("the models are not stacked")

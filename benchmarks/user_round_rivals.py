@@ -109,13 +109,13 @@ def plain(task: task_of.Task, pipe: Callable[[], bool]) -> None:
                 norm = torch.cat([u.reshape(-1) for u in update]).norm().item()
                 for part, u in zip(total, update, strict=True):
                     part.add_(u, alpha=min(1.0, task_of.CLIP_NORM / (norm + 1e-12)))
-                for p, start in zip(parameters, base, strict=True):
-                    p.copy_(start)
+                for p, origin in zip(parameters, base, strict=True):
+                    p.copy_(origin)
         with torch.no_grad():
-            for p, start, part in zip(parameters, base, total, strict=True):
+            for p, origin, part in zip(parameters, base, total, strict=True):
                 noise = task_of.NOISE_MULTIPLIER * task_of.CLIP_NORM * torch.randn(part.shape)
-                start.add_(part + noise, alpha=1 / task_of.COHORT)
-                p.copy_(start)
+                origin.add_(part + noise, alpha=1 / task_of.COHORT)
+                p.copy_(origin)
 
 
 def pfl(task: task_of.Task, pipe: Callable[[], bool]) -> None:
