@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import compare, results
 from benchmarks.dpsgd_models import TASKS, Task
+from dpfl_flower.client.noise_source import NoiseSource
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import GradientEngine, per_example_clipper
 from dpfl_flower.rng import secure
@@ -50,14 +51,21 @@ def plain(task: Task) -> Step:
     return step
 
 
-def ours(task: Task, *, engine: GradientEngine = GradientEngine.AUTO) -> Step:
+def ours(
+    task: Task,
+    *,
+    engine: GradientEngine = GradientEngine.AUTO,
+    source: NoiseSource = NoiseSource.HOST,
+) -> Step:
     """Return a step as `DPSGDClient` takes it."""
     model, batch = task.build(), task.batch()
     clipper = per_example_clipper(
         model, nn.CrossEntropyLoss(reduction="none"), clip_norm=CLIP_NORM, engine=engine
     ).__enter__()
     optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
-    release = NoisyGradient(NOISE_MULTIPLIER, float(len(batch[-1])), secure(), steps=STEPS)
+    release = NoisyGradient(
+        NOISE_MULTIPLIER, float(len(batch[-1])), secure(), steps=STEPS, source=source
+    )
 
     def step() -> None:
         noisy = release(clipper.clipped_sum(batch), clip_norm=CLIP_NORM)

@@ -1,11 +1,12 @@
 """DP-SGD on ten nodes with handwritten digits: accuracy by epsilon, ours and Opacus'.
 
-``python -m benchmarks.mnist_nodes [--seeds 5] [--save]``. mnist_5k (500 of each digit; ``dpfl data
-mnist-5k`` fetches it), 1000 images for the test, the others on ten nodes by Dirichlet(0.5) over the
-digits. Unit: the example; relation: add or remove one; every node spends the whole epsilon on its
-own records. The same model, start, rates, steps, clip norm, noise multiplier and averaging under
-both; Opacus trains on each node with its own per-example gradients, sampling and noise. The last
-line compares the accuracy at epsilon 3.
+``python -m benchmarks.mnist_nodes [--seeds 5] [--save] [--fashion-mnist FOLDER]``. mnist_5k (500 of
+each digit; ``dpfl data mnist-5k`` fetches it), or all of Fashion-MNIST from the folder that holds
+its four files (Debian's dataset-fashion-mnist brings them); a fifth of the images for the test, the
+others on ten nodes by Dirichlet(0.5) over the classes. Unit: the example; relation: add or remove
+one; every node spends the whole epsilon on its own records. The same model, start, rates, steps,
+clip norm, noise multiplier and averaging under both; Opacus trains on each node with its own
+per-example gradients, sampling and noise. The last line compares the accuracy at epsilon 3.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,9 +34,9 @@ from dpfl_flower.client.per_example import per_example_clipper
 from dpfl_flower.datasets import fetch
 from dpfl_flower.rng import secure
 
-NODES, CONCENTRATION, TEST = 10, 0.5, 1000
+NODES, CONCENTRATION, TEST_SHARE = 10, 0.5, 5
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
-ROUNDS, STEPS, RATE, EXPECTED, DELTA, CLIP_NORM, LEARNING_RATE = 10, 10, 0.1, 40.0, 1e-4, 1.0, 1.0
+ROUNDS, STEPS, RATE, DELTA, CLIP_NORM, LEARNING_RATE = 10, 10, 0.1, 1e-4, 1.0, 1.0
 BAR = 0.98
 LOSS = nn.CrossEntropyLoss(reduction="none")
 Arrays = list[NDArray[np.float32]]
@@ -48,12 +50,29 @@ def digits() -> TensorDataset:
     return TensorDataset(table[:, :-1] / 255, table[:, -1].long())
 
 
+def clothes(folder: Path) -> TensorDataset:
+    """Return the 70,000 images of Fashion-MNIST in [0, 1] and their classes."""
+    images, labels = [], []
+    for part in ("train", "t10k"):
+        images.append(_idx(folder / f"{part}-images-idx3-ubyte.gz", header=16).reshape(-1, 784))
+        labels.append(_idx(folder / f"{part}-labels-idx1-ubyte.gz", header=8))
+    return TensorDataset(
+        torch.from_numpy(np.concatenate(images)).float() / 255,
+        torch.from_numpy(np.concatenate(labels)).long(),
+    )
+
+
+def _idx(path: Path, *, header: int) -> NDArray[np.uint8]:
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)
+
+
 def split(data: TensorDataset, seed: int) -> tuple[list[TensorDataset], TensorDataset]:
     """Return what each node holds, and the test set."""
     rng = np.random.default_rng(seed)
     images, labels = data.tensors
     order = rng.permutation(len(labels))
-    test, train = order[:TEST], order[TEST:]
+    test, train = np.split(order, [len(order) // TEST_SHARE])
     held: list[list[int]] = [[] for _ in range(NODES)]
     for digit in range(10):
         own = train[labels.numpy()[train] == digit]
@@ -73,14 +92,14 @@ def build(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def configured(epsilon: float) -> DPSGDConfig:
-    """Return the public configuration of every node."""
+def configured(epsilon: float, examples: int) -> DPSGDConfig:
+    """Return the public configuration of every node; ``examples`` are on all of them together."""
     return DPSGDConfig(
         sampling_rate=RATE,
         steps_per_round=STEPS,
         planned_rounds=ROUNDS,
         clip_norm=CLIP_NORM,
-        expected_batch_size=EXPECTED,
+        expected_batch_size=RATE * examples / NODES,
         delta=DELTA,
         noise_multiplier=0.0 if math.isinf(epsilon) else None,
         target_epsilon=None if math.isinf(epsilon) else epsilon,
@@ -90,7 +109,7 @@ def configured(epsilon: float) -> DPSGDConfig:
 def ours(model: nn.Module, data: TensorDataset, config: DPSGDConfig, arrays: Arrays) -> Arrays:
     """Train one round on a node as `DPSGDClient` does, without its ledger, which costs the most."""
     _load(model, arrays)
-    release = NoisyGradient(config.resolve_noise_multiplier(), EXPECTED, secure())
+    release = NoisyGradient(config.resolve_noise_multiplier(), config.expected_batch_size, secure())
     images, labels = data.tensors
     with per_example_clipper(model, LOSS, clip_norm=CLIP_NORM) as clipper:
         optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
@@ -118,7 +137,7 @@ def opacus(model: nn.Module, data: TensorDataset, config: DPSGDConfig, arrays: A
         torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
         noise_multiplier=config.resolve_noise_multiplier(),
         max_grad_norm=CLIP_NORM,
-        expected_batch_size=int(EXPECTED),
+        expected_batch_size=int(config.expected_batch_size),
     )
     images, labels = data.tensors
     for _ in range(STEPS):
@@ -140,7 +159,7 @@ def accuracy(
 ) -> float:
     """Return the share of test images that the averaged model names rightly, in the end."""
     start = build(seed)
-    config = configured(epsilon)
+    config = configured(epsilon, sum(map(len, nodes)))
     arrays: Arrays = [t.detach().numpy().copy() for t in start.state_dict().values()]
     for _ in range(ROUNDS):
         answers = [train(copy.deepcopy(start), data, config, arrays) for data in nodes]
@@ -156,10 +175,12 @@ def main() -> None:
     """Print the table and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fashion-mnist", type=Path, help="the folder of its four files")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     arguments = parser.parse_args()
     compare.one_thread()
-    data = digits()
+    folder: Path | None = arguments.fashion_mnist
+    data = digits() if folder is None else clothes(folder)
     rivals: dict[str, TrainNode] = {"dpfl-flower": ours, "Opacus": opacus}
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in rivals}
     seconds = dict.fromkeys(rivals, 0.0)
@@ -184,7 +205,10 @@ def main() -> None:
     compare.print_table(["epsilon", *(f"{e:g}" for e in EPSILONS), "CPU-s"], rows)
     means = [statistics.mean(figures[name]["3"]) for name in rivals]
     if arguments.save:
-        results.save("mnist_nodes", {"accuracy": figures, "cpu_seconds": seconds})
+        results.save(
+            "mnist_nodes" if folder is None else "fashion_mnist_nodes",
+            {"accuracy": figures, "cpu_seconds": seconds},
+        )
     compare.print_ratio(means[0] / means[1], bar=BAR)
 
 
