@@ -351,7 +351,7 @@ def test_a_delta_too_small_for_ffts_is_priced_by_renyi_or_refused():
 
 
 @pytest.mark.parametrize("relation", list(Relation))
-@pytest.mark.parametrize("z", [1e-5, 0.01, 0.1])
+@pytest.mark.parametrize("z", [1e-5, 0.1])
 def test_hardly_any_noise_has_a_huge_but_finite_price(relation, z):
     for event in (
         Gaussian(z),
@@ -418,9 +418,8 @@ def test_epsilon_and_delta_invert_each_other(rate, z, rounds):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("total_variation", [0.0, 1e-9])
-def test_a_quick_look_costs_no_less_and_hardly_more(events, relation, total_variation):
-    price = Price(events, relation, total_variation=total_variation)
+def test_a_quick_look_costs_no_less_and_hardly_more(events, relation):
+    price = Price(events, relation, total_variation=1e-9)
     exact, quick = price.epsilon(1e-5), price.quick_epsilon(1e-5)
     if math.isinf(exact):
         assert quick == exact

@@ -12,7 +12,7 @@ import pytest
 from apps.medical import demo
 from apps.medical.medical.report import Report
 from dpfl_flower.final_model import MODEL, load_model
-from dpfl_flower.simulation import FlowerRun, RunConfig, RunOutcome, run_app, run_flower_app
+from dpfl_flower.simulation import FlowerRun, RunConfig, RunOutcome, run_app
 
 ROOT = Path(__file__).parents[2]
 APP = ROOT / "apps" / "medical"
@@ -35,21 +35,6 @@ def flower_run_here(
     return FlowerRun(run.outcome, run_id=run.run_id, details=run.details, log_path=log_path)
 
 
-@pytest.mark.slow
-def test_flwr_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--run-dir", str(tmp_path), "--rounds", "2", "--timeout", "500"]
-    assert demo.main(arguments) == 0
-    printed = capsys.readouterr().out
-    report = Report.load(tmp_path)
-    assert report.rounds == 2
-    assert len(report.hospitals) == 4
-    assert report.table() in printed
-    assert printed.count("[ROUND 2/2]") == 1
-    assert "Run directory: " in printed
-    assert report.worst_epsilon == pytest.approx(1, abs=1e-3)
-    assert all(hospital.durable for hospital in report.hospitals)
-
-
 def test_the_demo_fails_when_every_hospital_refuses_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +43,10 @@ def test_the_demo_fails_when_every_hospital_refuses_and_says_why(
     assert demo.main(arguments) == 0
     report = Report.load(tmp_path)
     assert report.table() in capsys.readouterr().out
+    assert report.rounds == 2
+    assert len(report.hospitals) == 4
+    assert report.worst_epsilon == pytest.approx(1, abs=1e-3)
+    assert all(hospital.durable for hospital in report.hospitals)
 
     assert demo.main(arguments) == 1
     refused = capsys.readouterr()
@@ -69,25 +58,17 @@ def test_the_demo_fails_when_every_hospital_refuses_and_says_why(
 
 
 @pytest.mark.slow
-def test_flwr_run_and_this_process_train_the_same_model_but_for_little_noise(
-    tmp_path: Path,
+def test_flwr_run_ends_with_the_table_and_trains_the_model_of_this_process_but_for_little_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The least noise that there is: two runs differ by about 0.001 in weights of up to 0.14.
     free: dict[str, int | float] = {"target-epsilon": 1e8, "clip-norm": 0.5, "num-server-rounds": 3}
-    lines: list[str] = []
-    ended = run_flower_app(
-        APP,
-        num_supernodes=4,
-        num_cpus=1,
-        log_path=tmp_path / "flower.log",
-        run_config=free | {"run-dir": str(tmp_path / "flower")},
-        flwr_home=tmp_path / "home",
-        on_line=lines.append,
-        timeout_seconds=500,
-    )
-    assert ended.completed, ended.details
-    assert ended.log_path.read_text(encoding="utf-8").splitlines() == lines
-    assert (tmp_path / "home" / "state.db").exists()
+    overrides = free | {"run-dir": str(tmp_path / "flower")}
+    assert demo.run_and_report(APP, tmp_path / "flower", overrides, timeout_seconds=500) == 0
+    printed = capsys.readouterr().out
+    assert Report.load(tmp_path / "flower").table() in printed
+    assert printed.count("[ROUND 3/3]") == 1
+    assert "Run directory: " in printed
     assert run_app(APP, run_dir=tmp_path / "here", run_config=free).completed
     there, here = (load_model(tmp_path / name / MODEL) for name in ("flower", "here"))
     assert there.keys() == here.keys()

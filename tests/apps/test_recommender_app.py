@@ -271,15 +271,20 @@ def test_a_malformed_evaluation_is_refused(metric: str, value: float) -> None:
 @pytest.mark.slow
 def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_path: Path) -> None:
     overrides: Config = {"num-server-rounds": 3, "sample-user": ""}
+    lines: list[str] = []
     ended = run_flower_app(
         APP,
         num_supernodes=2,
         num_cpus=1,
         log_path=tmp_path / "flower.log",
         run_config=overrides | {"run-dir": str(tmp_path / "run")},
+        flwr_home=tmp_path / "home",
+        on_line=lines.append,
         timeout_seconds=500,
     )
     assert ended.completed, ended.details
+    assert ended.log_path.read_text(encoding="utf-8").splitlines() == lines
+    assert (tmp_path / "home" / "state.db").exists()
     report = Report.load(tmp_path / "run")
     assert report.run_id == ended.run_id
     assert (report.rounds, report.nodes) == (3, 2)

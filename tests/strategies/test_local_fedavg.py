@@ -681,7 +681,7 @@ def test_a_resumed_run_has_the_noise_and_the_claims_that_it_began_with(tmp_path)
 
 @pytest.mark.parametrize("law", ["gaussian", "laplace"])
 def test_shuffling_is_reported_beside_epsilon_and_never_in_it(law):
-    nodes = 3000
+    nodes = 1000
     event = {"gaussian": Gaussian, "laplace": Laplace}[law](8.0)
 
     def node(asked):
