@@ -65,19 +65,19 @@ class SplitLanes(Encoding):
         size = -(-vector.size // SPLIT_LANES)
         words = np.empty(3 * size, WORD64)
         first, middle, last = words.view(np.int64).reshape(3, size)
-        scratch = np.empty(_BLOCK, np.int64)
+        scratch = np.empty((2, _BLOCK), vector.dtype)
         for start in range(0, size, _BLOCK):
             stop = min(size, start + _BLOCK)
             e = [_eighth(vector, size, i, start, stop) for i in range(SPLIT_LANES)]
-            digit = scratch[: stop - start]
+            high, low = scratch[:, : stop - start]
             middle_block = middle[start:stop]
             # Highest lane first, then shift and add the next.
-            middle_block[:] = _high(e[7], digit)
-            for word, split in ((first[start:stop], e[6]), (last[start:stop], e[7])):
-                np.left_shift(_high(split, digit), _LOW, out=digit)
-                np.subtract(split, digit, out=word)
-            np.left_shift(middle_block, _HIGH_BITS, out=middle_block)
-            np.add(middle_block, _high(e[6], digit), out=middle_block)
+            _split(e[7], high, low)
+            last[start:stop] = low
+            np.left_shift(high, _HIGH_BITS, out=middle_block)
+            _split(e[6], high, low)
+            first[start:stop] = low
+            np.add(middle_block, high, out=middle_block)
             for word, lower, upper in (
                 (first[start:stop], e[0], e[1]),
                 (middle_block, e[2], e[3]),
@@ -122,11 +122,12 @@ def _eighth(vector: Integers, size: int, index: int, start: int, stop: int) -> I
     return filled
 
 
-def _high(entries: Integers, out: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Write the high digits to ``out``; return it."""
-    np.add(entries, 1 << (_LOW - 1), out=out)
-    np.right_shift(out, _LOW, out=out)
-    return out
+def _split(entries: Integers, high: Integers, low: Integers) -> None:
+    """Write the digits of the entries."""
+    np.add(entries, 1 << (_LOW - 1), out=high)
+    np.right_shift(high, _LOW, out=high)
+    np.left_shift(high, _LOW, out=low)
+    np.subtract(entries, low, out=low)
 
 
 def _take(rest: NDArray[np.int64], bits: int, lane: NDArray[np.int64]) -> None:
