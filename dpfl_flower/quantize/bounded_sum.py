@@ -113,8 +113,8 @@ class BoundedSum:
         Returns
         -------
         int32 array, shape (grid.width,)
-            No entry exceeds the bound, which is at most 2^26. All zeros when an entry of the
-            difference, or its norm, is not finite.
+            No entry exceeds the bound, which is at most 2^26: to be summed as int64. All zeros when
+            an entry of the difference, or its norm, is not finite.
 
         Raises
         ------

@@ -351,7 +351,7 @@ def test_a_delta_too_small_for_ffts_is_priced_by_renyi_or_refused():
 
 
 @pytest.mark.parametrize("relation", list(Relation))
-@pytest.mark.parametrize("z", [1e-5, 0.1])
+@pytest.mark.parametrize("z", [1e-5, 0.01, 0.1])
 def test_hardly_any_noise_has_a_huge_but_finite_price(relation, z):
     for event in (
         Gaussian(z),
@@ -424,7 +424,7 @@ def test_a_quick_look_costs_no_less_and_hardly_more(events, relation):
     if math.isinf(exact):
         assert quick == exact
     else:
-        assert exact - 1e-9 <= quick <= exact * 1.002 + 1e-6
+        assert exact - 1e-9 <= quick <= exact * 1.001 + 1e-6
 
 
 def test_inexact_samplers_cost_delta():

@@ -152,7 +152,7 @@ def test_more_budget_needs_less_noise_and_more_rounds_need_more(target, rounds, 
     assert solve(rounds=2 * rounds) >= z / slack
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.floats(0.3, 8.0), st.floats(0.5, 5.0), st.floats(1e-3, 0.3))
 def test_affordable_rounds_is_the_last_that_fits(target, z, rate):
     budget, event = PrivacyBudget(target, 1e-5), PoissonSampled(rate, Gaussian(z))

@@ -283,6 +283,7 @@ def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_
         timeout_seconds=500,
     )
     assert ended.completed, ended.details
+    assert ended.details == ""
     assert ended.log_path.read_text(encoding="utf-8").splitlines() == lines
     assert (tmp_path / "home" / "state.db").exists()
     report = Report.load(tmp_path / "run")

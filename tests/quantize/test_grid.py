@@ -158,6 +158,7 @@ def test_a_bad_argument_is_named(arguments, named):
         ({"clip_units": 0.0}, "clip_units"),
         ({"sensitivity_units": 2**26 + 1}, "sensitivity_units"),
         ({"indicator_units": -1}, "indicator_units"),
+        ({"indicator_units": 2**26 + 1}, "indicator_units"),
     ],
 )
 def test_a_grid_made_by_hand_is_checked(arguments, named):

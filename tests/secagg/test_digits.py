@@ -33,6 +33,12 @@ def test_the_sum_of_digits_is_the_sum_modulo_two_to_the_bits(bits, parties, data
     assert code.decode(slots, parties=parties).tolist() == expected
 
 
+def test_a_vector_of_half_the_bytes_has_the_same_digits():
+    code = DigitCode(width=3, bits=40, parties=4)
+    vector = np.array([-(2**26), 5, 2**26])
+    np.testing.assert_array_equal(code.encode(vector.astype(np.int32)), code.encode(vector))
+
+
 @pytest.mark.parametrize("parties", [1, 2, 3, 4, 1000, 2**16 - 1, 2**16, MOST_PARTIES])
 @pytest.mark.parametrize("bits", [1, 8, 24, 32, 33, 64])
 def test_no_sum_of_digits_exceeds_the_capacity(parties, bits):

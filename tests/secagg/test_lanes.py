@@ -39,10 +39,13 @@ def summed(encoding, parts):
     return encoding.signed(total)[:width]
 
 
-@pytest.mark.parametrize("encoding", [*(encoding_of(*p) for p in PACKINGS), Modulus(24)])
+@pytest.mark.parametrize(
+    "encoding",
+    [*(encoding_of(*p) for p in PACKINGS), Modulus(16), Modulus(24), Modulus(40), Modulus(64)],
+)
 @pytest.mark.parametrize("width", [1, 24, 30_001])
 def test_a_vector_of_half_the_bytes_makes_the_same_words(encoding, width):
-    largest = (1 << (encoding.bits - 1)) - 1
+    largest = (1 << (min(encoding.bits, 32) - 1)) - 1
     vector = np.random.default_rng(0).integers(-largest, largest + 1, width)
     short = encoding.words(vector.astype(np.int32))
     np.testing.assert_array_equal(short, encoding.words(vector))

@@ -126,10 +126,11 @@ def test_a_superlink_that_dies_is_an_error_and_takes_its_workers_along(
 ) -> None:
     before = children()
 
-    def kill_superlink(_: str) -> None:
-        for pid in children() - before:
-            if b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    def kill_superlink(line: str) -> None:
+        if line.startswith("partitions [0, 1, 2]"):
+            for pid in children() - before:
+                if b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(FlowerRunError, match="the SuperLink ended early"):
         run_flower_app(

@@ -63,6 +63,7 @@ def test_local_noise_is_what_the_nodes_say_that_it_is(folder: Path) -> None:
 
 def test_flowers_fedavg_trains_dp_sgd_clients(folder: Path) -> None:
     models = np.load(folder / engine.SUMS_MODELS)
+    assert models["names"].tolist() == ["weight", "bias"]
     assert not np.array_equal(models["before"], models["after"])
     for node in range(engine.NODES):
         path = folder / f"{node}.jsonl"

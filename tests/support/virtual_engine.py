@@ -137,7 +137,7 @@ def main(folder: Path) -> None:
         before = nn.Linear(3, 1).state_dict()
         after = sums_clients.start(grid, before).arrays
         models = {"before": before["weight"].numpy(), "after": after["weight"].numpy()}
-        np.savez(folder / SUMS_MODELS, **models)
+        np.savez(folder / SUMS_MODELS, names=list(after), **models)
 
     run_simulation(
         server,
