@@ -23,6 +23,7 @@ from dpfl_flower.client.secure_node import (
     as_node_error,
     contributed,
     count_setting,
+    forget_expired,
     journal_of,
     path_setting,
     remember,
@@ -80,6 +81,7 @@ def ckks_mod(message: Message, context: Context, call_next: ClientAppCallable) -
 
     Everything that goes wrong is logged on the node and answered with a `NodeErrorCode`.
     """
+    forget_expired(context, records.CKKS_STATE)
     if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
         return call_next(message, context)
     try:
@@ -107,7 +109,7 @@ def _answer(message: Message, context: Context, call_next: ClientAppCallable) ->
     known = _take_round(context)
     if isinstance(request, EncryptRequest):
         return _encrypt(request, key, least, message, context, call_next)
-    if known is None or known.server_round != request.server_round or time.time() > known.expires:
+    if known is None or known.server_round != request.server_round:
         raise Refused(Refusal.OUT_OF_ORDER, "this node is not, or no longer, part of the round")
     return _decrypt(request, ciphertexts, known, key, least, message, context.node_id)
 

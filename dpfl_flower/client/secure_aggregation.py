@@ -21,6 +21,7 @@ from dpfl_flower.client.secure_node import (
     as_node_error,
     contributed,
     count_setting,
+    forget_expired,
     journal_of,
     path_setting,
     remember,
@@ -62,6 +63,7 @@ def secure_aggregation_mod(
 
     Everything that goes wrong is logged on the node and answered with a `NodeErrorCode`.
     """
+    forget_expired(context, records.SECAGG_STATE)
     if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
         return call_next(message, context)
     try:
@@ -130,7 +132,7 @@ def _stage(
         party = Party(run_id=context.run_id, node_id=context.node_id)
         state, reply = node.advertise(request, party, rules, now=time.time())
         return reply, state
-    if state is None or state.server_round != request.server_round or time.time() > state.expires:
+    if state is None or state.server_round != request.server_round:
         raise Refused(Refusal.OUT_OF_ORDER, "this node is not, or no longer, part of the round")
     if isinstance(request, ShareRequest):
         state, reply = node.share_keys(state, request, rules)

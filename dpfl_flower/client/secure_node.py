@@ -4,6 +4,7 @@
 5
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ __all__ = [
     "as_node_error",
     "contributed",
     "count_setting",
+    "forget_expired",
     "journal_of",
     "path_setting",
     "remember",
@@ -82,6 +84,13 @@ def journal_of(context: Context) -> Journal:
     if path is None:
         return MemoryJournal(remembered)
     return FileJournal(Path(path), context.run_id, context.node_id, remembered=remembered)
+
+
+def forget_expired(context: Context, name: str) -> None:
+    """Delete the state of a round whose time is up, whatever has reached the node since."""
+    record = context.state.config_records.get(name)
+    if record is not None and not time.time() <= float(str(record["expires"])):
+        del context.state[name]
 
 
 def remember(context: Context, progress: Progress) -> None:

@@ -9,7 +9,7 @@
 (3, 32, 19.2)
 """
 
-from dpfl_flower.distributed.accuracy import Accuracy, accuracy, wrap_probability
+from dpfl_flower.distributed.accuracy import Accuracy, accuracy, accuracy_lost, wrap_probability
 from dpfl_flower.distributed.design import design
 from dpfl_flower.distributed.plan import DistributedPlan, ShareNoise
 
@@ -18,6 +18,7 @@ __all__ = [
     "DistributedPlan",
     "ShareNoise",
     "accuracy",
+    "accuracy_lost",
     "design",
     "wrap_probability",
 ]

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from dpfl_flower import checks
 from dpfl_flower.accounting import PrivacyBudget, calibrate
+from dpfl_flower.distributed.design import design
 from dpfl_flower.distributed.plan import DistributedPlan, ShareNoise
 from dpfl_flower.lazily import lazily
 
 optimize = lazily("scipy.optimize")
 
-__all__ = ["Accuracy", "accuracy", "wrap_probability"]
+__all__ = ["Accuracy", "accuracy", "accuracy_lost", "wrap_probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,65 @@ def accuracy(
         from_rounding=grid.sensitivity_units / grid.clip_units * math.sqrt(1 + rounding / noise),
         wrap_probability=wraps,
     )
+
+
+def accuracy_lost(
+    budget: PrivacyBudget,
+    *,
+    rounds: int,
+    num_nodes: int,
+    dimension: int,
+    clip_norm: float,
+    bits: int,
+    min_survivors: int | None = None,
+    colluders: int = 0,
+    units: int | None = None,
+    noise: ShareNoise | str = ShareNoise.DISCRETE_GAUSSIAN,
+    max_inflation: float = 1.1,
+) -> Accuracy:
+    """Return what the noise of n nodes costs at so many bits, before there is a plan.
+
+    Parameters
+    ----------
+    budget, rounds, num_nodes, dimension, clip_norm, bits, colluders, noise, max_inflation
+        As for `design`.
+    min_survivors : int or None
+        t, the fewest nodes in a sum; None: all.
+    units : int or None
+        How many units a sum is made of; None: one in each node.
+
+    Raises
+    ------
+    ValueError
+        As for `design`: a modulus that is too small is one that costs too much.
+
+    Examples
+    --------
+    >>> budget = PrivacyBudget(8.0, 1e-5, "node", relation="zero-out")
+    >>> for bits in (13, 16):
+    ...     lost = accuracy_lost(
+    ...         budget, rounds=10, num_nodes=100, dimension=1 << 16, clip_norm=1.0, bits=bits,
+    ...         max_inflation=1.2,
+    ...     )
+    ...     print(bits, round(lost.error_ratio, 2))
+    13 1.15
+    16 1.06
+    """
+    units = num_nodes if units is None else units
+    plan = design(
+        budget,
+        rounds=rounds,
+        dimension=dimension,
+        clip_norm=clip_norm,
+        num_nodes=num_nodes,
+        min_survivors=num_nodes if min_survivors is None else min_survivors,
+        max_units=units,
+        colluders=colluders,
+        noise=noise,
+        bits=bits,
+        max_inflation=max_inflation,
+    )
+    return accuracy(plan, budget, rounds=rounds, units=units)
 
 
 def wrap_probability(plan: DistributedPlan, *, units: int, survivors: int | None = None) -> float:

@@ -63,6 +63,9 @@ class DistributedDesign:
     max_inflation: float
 
     def __post_init__(self) -> None:
+        most = self.secure_aggregation.max_cohort
+        if most is not None and most < self.num_nodes:
+            raise ValueError(f"max_cohort={most} must be >= num_nodes={self.num_nodes}")
         DistributedPlan(
             grid=DistributedGrid(dimension=1, clip_units=1.0, sensitivity_units=1, bits=self.bits),
             noise=ShareNoise(self.noise),

@@ -156,6 +156,7 @@ class DistributedDPFedAvg(NobodyEvaluates):
             unit=unit,
             relation=relation,
         )
+        checks.instance(SecureAggregation, secure_aggregation=secure_aggregation)
         if secure_aggregation.nodes_learn_sum:
             raise ValueError(
                 f"secure_aggregation={secure_aggregation!r} must not show nodes the sum: what they "

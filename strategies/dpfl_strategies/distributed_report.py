@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower.accounting import TrustModel
 from dpfl_flower.clipping import FixedClipping
-from dpfl_flower.distributed import DistributedPlan
+from dpfl_flower.distributed import DistributedPlan, wrap_probability
 from dpfl_strategies.distributed_run import DistributedRun
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.run_report import epsilon_of, is_priced, spent_so_far
@@ -64,6 +64,11 @@ class DistributedReport:
                 plan.noise_multiplier,
                 plan.honest_shares,
                 plan.colluders,
+            )
+            log.info(
+                "\t├──> Modulus: 2^%d, in which a coordinate wraps around with probability <= %.1e",
+                plan.grid.bits,
+                wrap_probability(plan, units=request.sampling.population),
             )
         log.info("\t├──> Server optimizer: %s", self.server_optimizer)
         budget = request.budget if run is None else run.ledger.budget

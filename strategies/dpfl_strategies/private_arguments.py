@@ -38,12 +38,14 @@ def check_arguments(
     checkpoint_dir: str | Path | None,
     give_up_after: int | None,
     noise_seed: int | None,
+    secure_aggregation: SecureAggregation | None,
 ) -> None:
     """Raise ValueError, naming it, for an argument of another type, out of range, or misplaced."""
     none = type(None)
     checks.instance(ClippingPolicy, clipping=clipping)
     checks.instance(ServerOptimizer, none, server_optimizer=server_optimizer)
     checks.instance(Weighting, none, weighting=weighting)
+    checks.instance(SecureAggregation, none, secure_aggregation=secure_aggregation)
     checks.instance(str, Path, none, ledger=ledger, checkpoint_dir=checkpoint_dir)
     checks.name(dataset=dataset)
     if give_up_after is not None:

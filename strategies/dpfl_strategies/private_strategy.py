@@ -180,6 +180,7 @@ class PrivateStrategy(Strategy, ABC):
             checkpoint_dir=checkpoint_dir,
             give_up_after=give_up_after,
             noise_seed=noise_seed,
+            secure_aggregation=secure_aggregation,
         )
         self._gate = MetricsGate(
             metrics,

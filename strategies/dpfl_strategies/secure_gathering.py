@@ -92,6 +92,12 @@ class SecureGathering(Gathering):
                 "price of the coins does not hold"
             )
         drawn = request.sampling.max_cohort if self._nodes_are_units else None
+        asked = request.sampling.expected_cohort if self._nodes_are_units else inner.num_nodes
+        if secure.max_cohort is not None and secure.max_cohort < asked:
+            raise ValueError(
+                f"max_cohort={secure.max_cohort} must be >= {asked:g}, the nodes that are asked in "
+                "a round"
+            )
         self._max_cohort = secure.max_cohort or drawn or inner.num_nodes
         self._never_more = drawn is not None and drawn <= self._max_cohort
         self._units = 1 if self._nodes_are_units else request.sampling.population

@@ -125,6 +125,23 @@ def test_a_journal_withstands_the_loss_of_the_state(files, tmp_path):
     assert nodes.code(1, again) == NodeErrorCode.SECAGG_ALREADY_UNMASKED
 
 
+@pytest.mark.parametrize("late", ["the sum", "the model again", "no stage at all"])
+def test_a_round_whose_time_is_up_is_forgotten_whatever_comes_then(files, monkeypatch, late):
+    nodes = Nodes(files)
+    first = begin(files)
+    second = first.receive(nodes.answer(first))
+    state = nodes.contexts[1].state
+    expires = state[records.CKKS_STATE]["expires"]
+    monkeypatch.setattr("time.time", lambda: expires + 1)
+    content, code = {
+        "the sum": (RecordDict(dict(second.requests[1])), NodeErrorCode.SECAGG_OUT_OF_ORDER),
+        "the model again": (asked(first, 1), NodeErrorCode.SECAGG_REPLAYED),
+        "no stage at all": (RecordDict(), NodeErrorCode.SECAGG_REQUIRED),
+    }[late]
+    assert nodes.code(1, content) == code
+    assert records.CKKS_STATE not in state
+
+
 def test_a_request_that_was_refused_cannot_be_mended(files):
     """One try a round: a server cannot probe with damaged sums until one is answered."""
     nodes = Nodes(files)

@@ -95,6 +95,14 @@ class Nodes:
         return exchange
 
     @staticmethod
+    def passing(message, context):
+        """Hand over a message of another kind, as an app with the mod around all of it does."""
+        answered = secure_aggregation_mod(
+            message, context, lambda m, _: Message(m.content, reply_to=m)
+        )
+        assert not answered.has_error()
+
+    @staticmethod
     def content(exchange, protocol, extra=None):
         content = RecordDict(dict((extra or task()) if exchange.carries_task else {}))
         for name, record in protocol.items():
@@ -182,14 +190,46 @@ def test_the_state_is_deleted_when_a_round_ends_or_fails_or_another_begins(monke
     assert nodes.code(1, late) is NodeErrorCode.SECAGG_REPLAYED
 
 
-def test_a_round_whose_time_is_up_is_forgotten(monkeypatch):
+@pytest.mark.parametrize(
+    ("late", "code"),
+    [
+        ("the stage that is next", "SECAGG_OUT_OF_ORDER"),
+        ("a stage that was answered", "SECAGG_REPLAYED"),
+        ("a stage of another round", "SECAGG_OUT_OF_ORDER"),
+        ("no stage at all", "SECAGG_REQUIRED"),
+        ("nothing that can be read", "MALFORMED_REQUEST"),
+    ],
+)
+def test_a_round_whose_time_is_up_is_forgotten_whatever_comes_then(monkeypatch, late, code):
     nodes = Nodes()
-    exchange = nodes.go(until="share")
-    now = nodes.contexts[1].state[records.SECAGG_STATE]["expires"]
-    monkeypatch.setattr("time.time", lambda: now + 1)
-    content = nodes.content(exchange, exchange.requests[1])
-    assert nodes.code(1, content) is NodeErrorCode.SECAGG_OUT_OF_ORDER
-    assert records.SECAGG_STATE not in nodes.contexts[1].state
+    begun = nodes.go(until="advertise", server_round=1)
+    exchange = nodes.go(until="share", server_round=1)
+    other = Nodes().go(until="share", server_round=2)
+    contents = {
+        "the stage that is next": nodes.content(exchange, exchange.requests[1]),
+        "a stage that was answered": nodes.content(begun, begun.requests[1]),
+        "a stage of another round": nodes.content(other, other.requests[1]),
+        "no stage at all": RecordDict(task()),
+        "nothing that can be read": RecordDict({records.SECAGG: ConfigRecord({"stage": 99})}),
+    }
+    state = nodes.contexts[1].state
+    expires = state[records.SECAGG_STATE]["expires"]
+    monkeypatch.setattr("time.time", lambda: expires - 1)
+    nodes.passing(message("query", RecordDict(), node_id=1), nodes.contexts[1])
+    assert records.SECAGG_STATE in state
+    monkeypatch.setattr("time.time", lambda: expires + 1)
+    assert nodes.code(1, contents[late]).name == code
+    assert records.SECAGG_STATE not in state
+
+
+def test_a_message_of_another_kind_forgets_it_too(monkeypatch):
+    nodes = Nodes()
+    nodes.go(until="share")
+    state = nodes.contexts[1].state
+    expires = state[records.SECAGG_STATE]["expires"]
+    monkeypatch.setattr("time.time", lambda: expires + 1)
+    nodes.passing(message("query", RecordDict(), node_id=1), nodes.contexts[1])
+    assert records.SECAGG_STATE not in state
 
 
 def raising(message, context):

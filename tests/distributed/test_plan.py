@@ -18,6 +18,7 @@ from dpfl_flower.distributed import (
     DistributedPlan,
     ShareNoise,
     accuracy,
+    accuracy_lost,
     design,
     wrap_probability,
 )
@@ -267,6 +268,21 @@ def test_more_survivors_than_calibrated_for_cost_accuracy_and_no_privacy():
     assert few.from_surplus == pytest.approx(math.sqrt(4 / 3))
     assert every.from_surplus == 1
     assert every.error_ratio == pytest.approx(few.error_ratio / math.sqrt(4 / 3), rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_the_accuracy_lost_is_that_of_the_plan_and_falls_with_the_bits(noise):
+    asked = {
+        "rounds": 30, "dimension": 16, "clip_norm": 0.5, "num_nodes": 4, "min_survivors": 3,
+        "noise": noise,
+    }  # fmt: skip
+    made = design(BUDGET, **asked, max_units=736, bits=20)
+    lost = accuracy_lost(BUDGET, **asked, units=736, bits=20)
+    assert lost == accuracy(made, BUDGET, rounds=30, units=736)
+    coarse, fine = (accuracy_lost(BUDGET, **asked, units=736, bits=bits) for bits in (18, 32))
+    assert fine.error_ratio < lost.error_ratio < coarse.error_ratio
+    with pytest.raises(ValueError, match="bits=12 leave too coarse a grid"):
+        accuracy_lost(BUDGET, **asked, units=736, bits=12)
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -1,6 +1,7 @@
 """Nodes add the noise and mask: what the server computes, charges and refuses."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -22,6 +23,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.client import noise_share_mod, secure_aggregation_mod
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
+from dpfl_flower.distributed import wrap_probability
 from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.simulation import Fault, InProcessGrid
 from dpfl_strategies import (
@@ -288,6 +290,8 @@ def test_two_runs_of_one_strategy_share_its_budget():
         ({"sampling": CappedPoissonSampling(50, 200, 80)}, "must be EveryoneSampling"),
         ({"num_nodes": 2}, "needs at least 3 nodes"),
         ({"bits": 63}, "bits=63"),
+        ({"secure_aggregation": SecAggPlus(max_cohort=3)}, "max_cohort=3 must be >= num_nodes=4"),
+        ({"secure_aggregation": None}, "secure_aggregation=None must be a SecureAggregation"),
         ({"noise": "laplace"}, "laplace"),
         ({"noise_multiplier": None}, "budget=None"),
         (
@@ -318,6 +322,17 @@ def test_rounds_cannot_be_skipped_or_repeated():
 def test_more_nodes_than_the_modulus_has_room_for_are_refused():
     with pytest.raises(ValueError, match="num_nodes=3 must be >= 4"):
         run(strategy(num_nodes=3))
+
+
+def test_the_summary_tells_how_likely_a_sum_wraps_around(caplog):
+    caplog.set_level(logging.INFO, logger="flwr.dpfl")
+    plans = []
+    it = strategy(bits=20)
+    run(it, rounds=1, evaluate_fn=lambda r, a: plans.append(it.plan))
+    bound = wrap_probability(plans[0], units=4 * USERS)
+    assert 0 < bound < 1e-6
+    says = f"Modulus: 2^20, in which a coordinate wraps around with probability <= {bound:.1e}"
+    assert sum(says in logged.getMessage() for logged in caplog.records) == 1
 
 
 def test_the_plan_prices_what_the_statement_says():
