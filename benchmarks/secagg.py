@@ -2,12 +2,12 @@
 
 Theirs: Flower's own code, called as it is: ``secaggplus_mod`` for all four stages of one node, and
 ``SecAggPlusWorkflow``'s two stages that touch vectors at the server, on a grid that hands out
-prepared replies. Ours: all stages of one node from weights to packed vector, and all stages of the
-server, records read and written. 20 nodes on the complete graph, and 100 nodes with 20 neighbours
-each; nobody drops out. The key and share stages of all nodes are gone through beforehand; all
-masked vectors that a server gets are one node's, which costs it the same. And the masks alone: 20
-for 1 M parameters in the words of 20 nodes, expanded and added. Interleaved in one run, one thread,
-CPU time.
+prepared replies. Ours: ``secure_aggregation_mod`` for all four stages of
+one node, from weights to packed vector, and all stages of the server, records read and written. 20
+nodes on the complete graph, and 100 nodes with 20 neighbours each; nobody drops out. The key and
+share stages of all nodes are gone through beforehand; all masked vectors that Flower's server gets
+are one node's, which costs it the same. And the masks alone: 20 for 1 M parameters in the words of
+20 nodes, expanded and added. Interleaved in one run, one thread, CPU time.
 
 Run it with ``python -m benchmarks.secagg``.
 """
@@ -56,16 +56,15 @@ from numpy.typing import NDArray  # noqa: E402
 from benchmarks import compare  # noqa: E402
 from dpfl_flower import records  # noqa: E402
 from dpfl_flower._flower import acting_as  # noqa: E402
-from dpfl_flower.client.contribution import UpdateRequest, contribution_for  # noqa: E402
+from dpfl_flower.client import secure_aggregation_mod  # noqa: E402
+from dpfl_flower.client.contribution import UpdateRequest  # noqa: E402
 from dpfl_flower.quantize import IntegerGrid  # noqa: E402
 from dpfl_flower.rng import secure  # noqa: E402
-from dpfl_flower.secagg import SecAggPlus, SecureSum, Session, SumRequest, node  # noqa: E402
+from dpfl_flower.secagg import SecAggPlus, SecureSum, Session, SumRequest  # noqa: E402
 from dpfl_flower.secagg.lanes import encoding_without_wrap  # noqa: E402
 from dpfl_flower.secagg.masks import apply_masks  # noqa: E402
 from dpfl_flower.secagg.modulus import bits_without_wrap  # noqa: E402
-from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party  # noqa: E402
 from dpfl_flower.secagg.terms import terms_of  # noqa: E402
-from dpfl_flower.secagg.wire import decode_request, encode  # noqa: E402
 
 DIMENSION = 1_000_000
 CASES = ((20, None), (100, 20))
@@ -246,58 +245,47 @@ class Ours:
             bits=self.encoding.bits,
             lanes=self.encoding.lanes,
             seconds=3600.0,
+            largest=largest,
         )
         self.protocol = SecAggPlus(threshold=THRESHOLD, neighbours=neighbours)
         self.requests: dict[str, Mapping[int, RecordDict]] = {}
+        self.before: dict[str, Mapping[str, Any]] = {}
         self.replies: dict[str, Mapping[int, RecordDict]] = {}
         self.rehearse()
 
     def rehearse(self) -> None:
-        """Go through a round, keeping what was said; masking takes one vector for all nodes."""
-        states: dict[int, NodeState] = {}
+        """Go through a round, keeping what was said."""
+        contexts = {n: _context(n) for n in self.request.nodes}
         exchange: Any = self.protocol.begin(self.request)
         self.stages = []
         while not isinstance(exchange, SecureSum):
             self.stages.append(exchange)
-            requests = self.requests[exchange.stage] = exchange.requests
-            replies = {}
-            for n, content in requests.items():
-                if exchange.stage == "mask" and n != 1:
-                    request = decode_request(content)
-                    states[n] = node.accept_shares(states[n], request, NodeRules())
-                    replies[n] = replies[1]
-                    continue
-                if n == 1:
-                    self.before = {**getattr(self, "before", {}), exchange.stage: states.get(1)}
-                states[n], replies[n] = self.one_stage(n, states.get(n), content)
+            requests = self.requests[exchange.stage] = {
+                n: RecordDict({**content, **(self.task if exchange.carries_task else {})})
+                for n, content in exchange.requests.items()
+            }
+            self.before[exchange.stage] = dict(contexts[1].state)
+            replies = {n: self.ask(contexts[n], content) for n, content in requests.items()}
             self.replies[exchange.stage] = replies
             exchange = exchange.receive(replies)
 
-    def one_stage(
-        self, n: int, state: NodeState | None, content: RecordDict
-    ) -> tuple[NodeState, RecordDict]:
-        """Answer a request as the mod does, from records to records."""
-        rules, request = NodeRules(), decode_request(content)
-        reply: Any
-        if state is None:
-            state, reply = node.advertise(request, Party(RUN, n), rules, now=0.0)
-        elif request.stage == 2:
-            state, reply = node.share_keys(state, request, rules)
-        elif request.stage == 3:
-            state = node.accept_shares(state, request, rules)
-            assert terms_of(self.task) == state.terms
-            made = contribution_for(
-                self.task, {}, width=state.width, bits=state.bits, lanes=state.lanes
-            )
-            state, reply = node.mask(state, made.vector(self.answer))
-        else:
-            reply = node.unmask(state, request, rules)
-        return state, encode(reply)
+    def ask(self, context: Context, content: RecordDict) -> RecordDict:
+        """Answer a request as a ClientApp with the mod around its train function does."""
+        message = Message(content, context.node_id, "train")
+
+        def train(message: Message, context: Context) -> Message:
+            return Message(self.answer, reply_to=message)
+
+        reply = secure_aggregation_mod(message, context, train)
+        assert not reply.has_error(), reply.error
+        return reply.content
 
     def node(self) -> None:
         """All stages of one node, from weights to packed vector."""
+        context = _context(1)
         for stage, requests in self.requests.items():
-            self.one_stage(1, self.before[stage], requests[1])
+            context.state = RecordDict(dict(self.before[stage]))
+            self.ask(context, requests[1])
 
     def server(self) -> None:
         """All stages of the server, from terms to sum, requests written and replies read."""

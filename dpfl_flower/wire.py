@@ -1,4 +1,4 @@
-"""Arrays as they travel in Flower messages, read without copying them.
+"""What travels in Flower messages, read without copying it.
 
 ``flwr.app.Array.numpy()`` copies what it reads, twice; for a server that only subtracts and sums,
 reading is then a third of the work.
@@ -10,24 +10,55 @@ array([1.5, 2.5])
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dpfl_flower import records
 
-__all__ = ["answered_arrays", "answered_metrics", "num_examples", "read_array", "write_array"]
+__all__ = [
+    "answered_arrays",
+    "answered_metrics",
+    "array_record",
+    "config_record",
+    "num_examples",
+    "read_array",
+    "write_array",
+]
 
 _STYPE = "numpy.ndarray"
 _VERSIONS = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
 _LONGEST_HEADER = 10_000
+
+
+def config_record(content: RecordDict, name: str) -> ConfigRecord | None:
+    """Return ``content.config_records.get(name)`` without writing every record anew.
+
+    >>> config_record(RecordDict({"config": ConfigRecord({"lr": 0.1})}), "config")["lr"]
+    0.1
+    """
+    found = content.get(name)
+    return found if isinstance(found, ConfigRecord) else None
+
+
+def array_record(content: RecordDict, name: str) -> ArrayRecord:
+    """Return ``content.array_records[name]`` without writing every record anew; KeyError if none.
+
+    >>> array_record(RecordDict({"config": ConfigRecord()}), "config")
+    Traceback (most recent call last):
+        ...
+    KeyError: 'config'
+    """
+    found = content.get(name)
+    if not isinstance(found, ArrayRecord):
+        raise KeyError(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -110,23 +141,25 @@ def answered_arrays(content: RecordDict) -> dict[str, NDArray[np.generic]]:
     ValueError, TypeError
         If there are no arrays, several of another name, or some that cannot be read.
     """
-    found = content.array_records
-    record = found[records.ARRAYS] if records.ARRAYS in found else _only(found)
+    named = content.get(records.ARRAYS)
+    record = named if isinstance(named, ArrayRecord) else _only(content)
     return {name: read_array(array) for name, array in record.items()}
 
 
-def _only(found: Mapping[str, ArrayRecord]) -> ArrayRecord:
+def _only(content: RecordDict) -> ArrayRecord:
+    found = [record for record in content.values() if isinstance(record, ArrayRecord)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} array records, expected 1")
-    return next(iter(found.values()))
+    return found[0]
 
 
 def answered_metrics(content: RecordDict) -> MetricRecord:
     """Return the metrics named ``metrics``, or the only ones there are, else an empty record."""
-    found = content.metric_records
-    if records.METRICS in found:
-        return found[records.METRICS]
-    return next(iter(found.values())) if len(found) == 1 else MetricRecord()
+    named = content.get(records.METRICS)
+    if isinstance(named, MetricRecord):
+        return named
+    found = [record for record in content.values() if isinstance(record, MetricRecord)]
+    return found[0] if len(found) == 1 else MetricRecord()
 
 
 def num_examples(metrics: MetricRecord) -> float:

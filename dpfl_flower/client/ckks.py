@@ -40,7 +40,7 @@ from dpfl_flower.secagg.digits import DigitCode
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.wire import from_config, to_config
-from dpfl_flower.wire import write_array
+from dpfl_flower.wire import config_record, write_array
 
 __all__ = ["ckks_mod"]
 
@@ -93,7 +93,7 @@ def ckks_mod(message: Message, context: Context, call_next: ClientAppCallable) -
 
 
 def _answer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    if records.SECAGG not in message.content.config_records:
+    if config_record(message.content, records.SECAGG) is None:
         raise NodeError(NodeErrorCode.SECAGG_REQUIRED, "a train message without the protocol")
     least = _min_cohort(context.node_config)
     key = _key(context.node_config)
@@ -221,7 +221,7 @@ def _key(node_config: Mapping[str, object]) -> SecretKey:
 
 def _take_round(context: Context) -> _Round | None:
     """Return what is kept of the round and delete it."""
-    record = context.state.config_records.get(records.CKKS_STATE)
+    record = config_record(context.state, records.CKKS_STATE)
     if record is None:
         return None
     del context.state[records.CKKS_STATE]

@@ -37,7 +37,14 @@ from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import fewest_bits
 from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
-from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
+from dpfl_flower.wire import (
+    answered_arrays,
+    answered_metrics,
+    array_record,
+    config_record,
+    num_examples,
+    read_array,
+)
 
 __all__ = [
     "BoundedUpdate",
@@ -207,7 +214,7 @@ class BoundedUpdate(Contribution):
     def __init__(self, request: UpdateRequest, task: RecordDict) -> None:
         self._request = request
         self._task = task
-        arrays = task.array_records[records.ARRAYS]
+        arrays = array_record(task, records.ARRAYS)
         self._reference = {name: read_array(array) for name, array in arrays.items()}
         self._layout = ArrayLayout.of(self._reference)
         if self._layout.dimension != request.grid.dimension:
@@ -262,7 +269,7 @@ class IntegerSum(Contribution):
     def vector(self, answer: RecordDict) -> NDArray[np.int64]:
         """Return the node's sum."""
         try:
-            total = read_array(answer.array_records[records.INTEGER_SUM][records.SUM])
+            total = read_array(array_record(answer, records.INTEGER_SUM)[records.SUM])
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(NodeErrorCode.MALFORMED_REPLY, "the app answers no sum") from error
         most = self._bound.largest
@@ -300,7 +307,7 @@ class NoisedSum(Contribution):
     def vector(self, answer: RecordDict) -> NDArray[np.int64]:
         """Return the residues."""
         try:
-            residues = read_array(answer.array_records[records.INTEGER_SUM][records.SUM])
+            residues = read_array(array_record(answer, records.INTEGER_SUM)[records.SUM])
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(NodeErrorCode.MALFORMED_REPLY, "the app answers no sum") from error
         if residues.dtype != np.int64 or residues.shape != (self._grid.padded,):
@@ -346,8 +353,8 @@ def contribution_for(
     own = {records.SECAGG, records.UPDATE}
     task = RecordDict({name: record for name, record in content.items() if name not in own})
     try:
-        if records.DISTRIBUTED in content.config_records:
-            asked = DistributedRequest.from_config(content.config_records[records.DISTRIBUTED])
+        if (shares := config_record(content, records.DISTRIBUTED)) is not None:
+            asked = DistributedRequest.from_config(shares)
             if (width, bits) != (asked.grid.padded, asked.grid.bits):
                 raise ValueError(
                     f"width={width!r} and bits={bits!r} must be {asked.grid.padded} and "
@@ -363,8 +370,9 @@ def contribution_for(
                     "and this node: a higher threshold of secure aggregation makes more certain",
                 )
             return NoisedSum(asked, task)
-        record = content.config_records[records.UPDATE]
-        if records.COHORT in content.config_records:
+        if (record := config_record(content, records.UPDATE)) is None:
+            raise KeyError(records.UPDATE)
+        if config_record(content, records.COHORT) is not None:
             bound = SumBound.from_config(record)
             bound.check(bits, lanes)
             return IntegerSum(bound, task)

@@ -39,7 +39,7 @@ from dpfl_flower.noise import NoiseDistribution
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, to_float
 from dpfl_flower.rng import secure
 from dpfl_flower.secagg.encoding import Integers
-from dpfl_flower.wire import answered_arrays, read_array, write_array
+from dpfl_flower.wire import answered_arrays, array_record, config_record, read_array, write_array
 
 __all__ = ["LocalPolicy", "local_noise_mod"]
 
@@ -163,7 +163,7 @@ def local_noise_mod(
 
 
 def _planned(noise: LocalNoise | None, content: RecordDict) -> _Plan:
-    found = content.config_records.get(records.LOCAL)
+    found = config_record(content, records.LOCAL)
     if found is None:
         if noise is None:
             raise NodeError(
@@ -199,7 +199,7 @@ def _answer(
 ) -> Message:
     noise, request = plan.noise, plan.request
     try:
-        sent = message.content.array_records[records.ARRAYS]
+        sent = array_record(message.content, records.ARRAYS)
         reference = {name: np.array(read_array(array)) for name, array in sent.items()}
         layout = ArrayLayout.of(reference)
         if request is not None and request.dimension != layout.dimension:
@@ -255,7 +255,7 @@ def _answer(
 
 def _sum_of(content: RecordDict, grid: IntegerGrid) -> NDArray[np.int64]:
     """Return the sum that the app made of its units, each held to the grid's bound by it."""
-    found = read_array(content.array_records[records.INTEGER_SUM][records.SUM])
+    found = read_array(array_record(content, records.INTEGER_SUM)[records.SUM])
     total = found.astype(np.int64, casting="safe")
     if total.shape != (grid.width,):
         raise ValueError(f"sum of shape {total.shape} must be of shape ({grid.width},)")

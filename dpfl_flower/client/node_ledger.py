@@ -38,6 +38,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.accounting.ledger import NOISE_NOTE
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.wire import config_record
 
 _WAIT_SECONDS: Final = 60.0
 
@@ -154,7 +155,7 @@ class NodeLedger:
         return f"dpfl-flower.ledger.{self.dataset}"
 
     def _recall(self, ledger: Ledger) -> None:
-        record = self.state.config_records.get(self._key)
+        record = config_record(self.state, self._key)
         if record is None:
             return
         plan = Plan.from_json(json.loads(str(record["plan"])))
@@ -179,7 +180,7 @@ class NodeLedger:
 
         As a file's header holds: else whoever names them could name others in every round.
         """
-        record = self.state.config_records.get(self._key)
+        record = config_record(self.state, self._key)
         if record is None:
             return None
         header = json.loads(str(record["header"]))

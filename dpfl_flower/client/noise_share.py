@@ -33,7 +33,7 @@ from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import reduced
 from dpfl_flower.rng import RandomSource, secure
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import array_record, config_record, read_array
 
 __all__ = ["NoiseShare", "SharePolicy", "noise_share_mod"]
 
@@ -284,7 +284,7 @@ def _answer(
             "noise_share_mod",
         )
     content = message.content
-    found = content.config_records.get(records.DISTRIBUTED)
+    found = config_record(content, records.DISTRIBUTED)
     if found is None:
         raise NodeError(
             NodeErrorCode.POLICY_REFUSED, "a train message without a plan for distributed noise"
@@ -310,7 +310,7 @@ def _answer(
         if request.sampling_rate is None:
             total = _own_update(request, inner, reply.content)
         else:
-            answered = reply.content.array_records[records.INTEGER_SUM][records.SUM]
+            answered = array_record(reply.content, records.INTEGER_SUM)[records.SUM]
             total = read_array(answered).astype(np.int64, casting="safe")
         residues = share.added(request, total)
     except (KeyError, ValueError, TypeError) as error:
@@ -324,7 +324,7 @@ def _own_update(
 ) -> NDArray[np.int64]:
     """Return the node's own bounded update, the node being the unit."""
     reference, arrays = (
-        {name: read_array(array) for name, array in content.array_records[records.ARRAYS].items()}
+        {name: read_array(array) for name, array in array_record(content, records.ARRAYS).items()}
         for content in (asked, answered)
     )
     layout = ArrayLayout.of(reference)

@@ -41,6 +41,7 @@ from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.terms import terms_of
 from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
+from dpfl_flower.wire import config_record
 
 __all__ = ["rules_from_node_config", "secure_aggregation_mod"]
 
@@ -101,7 +102,7 @@ def rules_from_node_config(node_config: Mapping[str, object]) -> NodeRules:
 
 
 def _answer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    if records.SECAGG not in message.content.config_records:
+    if config_record(message.content, records.SECAGG) is None:
         raise NodeError(NodeErrorCode.SECAGG_REQUIRED, "a train message without the protocol")
     rules = rules_from_node_config(context.node_config)
     try:
@@ -173,7 +174,7 @@ def _mask(
 
 def _take_state(context: Context) -> NodeState | None:
     """Return the state of the round and delete it."""
-    record = context.state.config_records.get(records.SECAGG_STATE)
+    record = config_record(context.state, records.SECAGG_STATE)
     if record is None:
         return None
     del context.state[records.SECAGG_STATE]

@@ -18,6 +18,7 @@ from dpfl_flower.client.errors import NodeError, NodeErrorCode, app_failed
 from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
+from dpfl_flower.wire import config_record
 
 __all__ = [
     "as_node_error",
@@ -88,7 +89,7 @@ def journal_of(context: Context) -> Journal:
 
 def forget_expired(context: Context, name: str) -> None:
     """Delete the state of a round whose time is up, whatever has reached the node since."""
-    record = context.state.config_records.get(name)
+    record = config_record(context.state, name)
     if record is not None and not time.time() <= float(str(record["expires"])):
         del context.state[name]
 
@@ -117,7 +118,7 @@ def count_setting(node_config: Mapping[str, object], key: str, default: int) -> 
 
 
 def _recall(context: Context) -> Progress:
-    record = context.state.config_records.get(records.SECAGG_PROGRESS)
+    record = config_record(context.state, records.SECAGG_PROGRESS)
     if record is None:
         return Progress()
     return Progress(int(str(record["round"])), int(str(record["stage"])))

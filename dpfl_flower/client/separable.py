@@ -13,22 +13,23 @@ import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from dpfl_flower.client.clip_style import ClipStyle
+from dpfl_flower.client.dropout import same_masks, without_dropout
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
+from dpfl_flower.client.gradient_check import require_runs, require_true_gradients
 from dpfl_flower.client.made_up_weights import made_up_weights
 from dpfl_flower.client.per_example import (
     Batch,
     GradientEngine,
     LossFunction,
-    per_example_clipper,
     per_example_losses,
 )
 from dpfl_flower.client.per_sample.layers import unsupported
@@ -40,11 +41,16 @@ _FIX: Final = (
     "opacus.validators.ModuleValidator.fix(model) replaces it "
     "(BatchNorm becomes GroupNorm); use the fixed model on the server too"
 )
+_BATCH_FIRST: Final = "(with the same arguments, and batch_first=True)"
+_BIAS_GIVEN: Final = "(with the same arguments, and bias=True)"
 _TAKEN_BY: Final = {
-    nn.RNN: "DPRNN",
-    nn.LSTM: "DPLSTM",
-    nn.GRU: "DPGRU",
-    nn.MultiheadAttention: "DPMultiheadAttention",
+    nn.RNN: f"opacus.layers.DPRNN in its place {_BATCH_FIRST}",
+    nn.LSTM: f"opacus.layers.DPLSTM in its place {_BATCH_FIRST}",
+    nn.GRU: f"opacus.layers.DPGRU in its place {_BATCH_FIRST}",
+    nn.RNNCell: f"opacus.layers.dp_rnn.DPRNNCell in its place {_BIAS_GIVEN}",
+    nn.LSTMCell: f"opacus.layers.dp_rnn.DPLSTMCell in its place {_BIAS_GIVEN}",
+    nn.GRUCell: f"opacus.layers.dp_rnn.DPGRUCell in its place {_BIAS_GIVEN}",
+    nn.MultiheadAttention: f"opacus.layers.DPMultiheadAttention in its place {_BATCH_FIRST}",
 }
 """What multiplies by weights inside of torch, where no hook sees it, and what to use instead."""
 
@@ -53,8 +59,16 @@ _PROBES: Final = 3
 _TOLERANCE: Final = 1e-3
 
 
-def require_trainable(model: nn.Module) -> None:
+def require_trainable(
+    model: nn.Module, *, engine: GradientEngine = GradientEngine.AUTO
+) -> None:
     """Raise unless DP-SGD can train ``model`` at all.
+
+    Parameters
+    ----------
+    engine : GradientEngine
+        The one asked for. ``FUNCTORCH`` sees into torch's MultiheadAttention, and needs nothing of
+        Opacus.
 
     Raises
     ------
@@ -62,8 +76,9 @@ def require_trainable(model: nn.Module) -> None:
         For a model without trainable parameters, one that Opacus wraps already, and for layers that
         couple the records of a batch or keep statistics of them (BatchNorm, also a frozen one or
         one without weights; InstanceNorm with running statistics; embeddings with ``max_norm`` or
-        ``scale_grad_by_freq``) or whose per-example gradients no hook sees (torch's RNN, LSTM, GRU
-        and MultiheadAttention, where they are trained). The message names the layer and the fix.
+        ``scale_grad_by_freq``) or whose per-example gradients no hook sees (torch's RNN, LSTM, GRU,
+        their cells and MultiheadAttention, where they are trained). The message names the layer and
+        the fix.
     """
     if _wrapped_by_opacus(model):
         raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
@@ -80,15 +95,26 @@ def require_trainable(model: nn.Module) -> None:
                 raise ModelRefused(f"{name}: max_norm writes to the rows that records name")
             if module.scale_grad_by_freq:
                 raise ModelRefused(f"{name}: scale_grad_by_freq counts over the records of a batch")
-        instead = next((dp for torchs, dp in _TAKEN_BY.items() if isinstance(module, torchs)), None)
-        if instead is not None and any(p.requires_grad for p in module.parameters()):
+        if (instead := _taken_by(module, engine)) is not None:
             raise ModelRefused(
                 f"{name}: {kind} hides its inner layers, so that nobody can tell the records' "
-                f"gradients apart; put opacus.layers.{instead} in its place (with the same "
-                "arguments, and batch_first=True), on the server too"
+                f"gradients apart; put {instead}, on the server too"
             )
-    if unsupported(model) is not None and (errors := _opacus_errors(model)):
+    by_hooks = engine is not GradientEngine.FUNCTORCH and unsupported(model) is not None
+    if by_hooks and (errors := _opacus_errors(model)):
         raise ModelRefused(f"{'; '.join(errors)}; {_FIX}")
+
+
+def _taken_by(module: nn.Module, engine: GradientEngine) -> str | None:
+    """Return what to put in the place of a layer that ``engine`` cannot see into."""
+    kind = next((kind for kind in _TAKEN_BY if isinstance(module, kind)), None)
+    if kind is None or not any(p.requires_grad for p in module.parameters()):
+        return None
+    if kind is nn.MultiheadAttention:
+        if engine is GradientEngine.FUNCTORCH:
+            return None
+        return f"{_TAKEN_BY[kind]} or train with engine 'functorch', which is slower"
+    return _TAKEN_BY[kind]
 
 
 def _wrapped_by_opacus(model: nn.Module) -> bool:
@@ -155,7 +181,13 @@ def restored_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def require_separable(
-    model: nn.Module, loss_fn: LossFunction, example: Batch, *, engine: GradientEngine
+    model: nn.Module,
+    loss_fn: LossFunction,
+    example: Batch,
+    *,
+    engine: GradientEngine,
+    style: ClipStyle = ClipStyle.FLAT,
+    autocast: bool = False,
 ) -> bool:
     """Raise unless the engine's gradients of single records are those of autograd, and only theirs.
 
@@ -173,14 +205,17 @@ def require_separable(
     example : Batch
         Inputs and target of one record, each with a first dimension of 1. Only shapes and dtypes
         are used.
+    engine, style, autocast
+        How its gradients will be bounded and clipped, and whether it runs in mixed precision.
 
     Raises
     ------
     ModelRefused
         If one record's loss depends on another record, if a buffer changes, or if the engine's
         clipped sum is not the sum of autograd's clipped gradients (a parameter used outside the
-        forward of its module, an option that the engine does not know). Also if a model cannot be
-        checked whose norms the engine would only compute.
+        forward of its module, an option that the engine does not know), or is none at all with
+        this ``style`` and ``autocast``. Also if a model cannot be checked whose norms the engine
+        would only compute.
     ValueError
         If ``loss_fn`` does not return one loss per record.
     """
@@ -189,7 +224,7 @@ def require_separable(
     # The check draws from torch (dropout) on a state of its own.
     with (
         unchanged_buffers(model),
-        _same_dropout(example[0].device),
+        same_masks(example[0].device),
         made_up_weights(model),
     ):
         try:
@@ -204,9 +239,13 @@ def require_separable(
             logger.info("The model does not run on made-up records: not checked", exc_info=error)
             return False
         _require_no_coupling(model, loss_fn, batch)
-        shown = _require_true_gradients(model, loss_fn, batch, engine)
-    # Hooks and vmap hold each record's gradient, and clip what they hold; the others compute norms.
-    return shown or engine in (GradientEngine.HOOKS, GradientEngine.FUNCTORCH)
+        shown = require_true_gradients(model, loss_fn, batch, engine)
+        # Hooks and vmap hold each record's gradient, and clip what they hold; the others compute
+        # norms.
+        checked = shown or engine in (GradientEngine.HOOKS, GradientEngine.FUNCTORCH)
+        if checked and (autocast or style is not ClipStyle.FLAT):
+            require_runs(model, loss_fn, batch, engine, style=style, autocast=autocast)
+    return checked
 
 
 def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> None:
@@ -225,7 +264,7 @@ def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) 
             _require_same_alone(model, loss_fn, batch)
         finally:
             model.train()
-        with _without_dropout(model):
+        with without_dropout(model):
             if _close(*(_drawn(model, loss_fn, batch, seed=seed) for seed in (0, 1))):
                 _require_same_alone(model, loss_fn, batch)
             _require_same_beside_others(model, loss_fn, batch)
@@ -259,72 +298,12 @@ def _require_same_beside_others(model: nn.Module, loss_fn: LossFunction, batch: 
 
 
 def _drawn(model: nn.Module, loss_fn: LossFunction, batch: Batch, *, seed: int) -> Tensor:
-    seed_torch(seed)  # of a fork of torch's state: see require_separable
+    seed_torch(seed, batch[-1].device)  # of a fork of torch's state: see require_separable
     return per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
-
-
-@contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    layers = [(m, m.p) for m in model.modules() if isinstance(m, _DropoutNd)]
-    try:
-        for layer, _ in layers:
-            layer.p = 0.0
-        yield
-    finally:
-        for layer, p in layers:
-            layer.p = p
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
-
-
-def _require_true_gradients(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, engine: GradientEngine
-) -> bool:
-    """Return whether there were gradients to compare; raise ModelRefused where they differ."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with _same_dropout(parameters[0].device):
-        losses = per_example_losses(model(*batch[:-1]), batch[-1], loss_fn)
-    gradients = [
-        [
-            torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double()
-            for p, g in zip(parameters, of_one, strict=True)
-        ]
-        for of_one in (
-            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            for loss in losses
-        )
-    ]
-    norms = [float(_norm(g)) for g in gradients]
-    if not all(0 < norm < float("inf") for norm in norms):
-        return False  # a flat or overflowing loss on made-up records shows nothing
-    clip_norm = min(norms) / 2  # everything is clipped, so every norm is put to the test
-    expected = [
-        sum(
-            (g * (clip_norm / n) for g, n in zip(of_parameter, norms, strict=True)), torch.tensor(0)
-        )
-        for of_parameter in zip(*gradients, strict=True)
-    ]
-    with (
-        per_example_clipper(model, loss_fn, clip_norm=clip_norm, engine=engine) as clipper,
-        _same_dropout(parameters[0].device),
-    ):
-        try:
-            actual = clipper.clipped_sum(batch)
-        except ModelRefused:
-            raise
-        except RuntimeError as error:
-            raise ModelRefused(
-                f"engine {engine.value!r} fails on a batch of {len(losses)} records: {error}"
-            ) from error
-    off = _norm([a.double() - e for a, e in zip(actual, expected, strict=True)])
-    if not float(off) <= _TOLERANCE * clip_norm * _PROBES:
-        raise ModelRefused(
-            f"the per-example gradients of engine {engine.value!r} are not autograd's: a parameter "
-            "is used outside the forward of its module, or a layer has an option it does not know"
-        )
-    return True
 
 
 def _made_up(example: Batch, *, avoid: set[int | None]) -> list[Tensor]:
@@ -343,19 +322,6 @@ def _made_up(example: Batch, *, avoid: set[int | None]) -> list[Tensor]:
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
     return (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-
-
-@contextlib.contextmanager
-def _same_dropout(device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        seed_torch(0)
-        yield
-
-
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
-    return norm
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -38,7 +38,7 @@ from dpfl_flower.secagg.digits import LARGEST_ERROR, MOST_PARTIES, DigitCode, er
 from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.session import Session
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import array_record, read_array
 
 __all__ = ["CKKS", "Session", "SumRequest"]
 
@@ -261,7 +261,7 @@ class _Decrypting(SecureExchange):
         return SecureSum(totals[0], self._survivors)
 
     def _checked(self, reply: RecordDict) -> NDArray[np.int64]:
-        total = read_array(reply.array_records[records.MASKED][records.SUM])
+        total = read_array(array_record(reply, records.MASKED)[records.SUM])
         if total.dtype != np.int64 or total.shape != (self._request.width,):
             raise ValueError(f"sum={total.dtype}{list(total.shape)} must be an int64 vector")
         most = 1 << (self._request.bits - 1)

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from dpfl_flower import records
 from dpfl_flower.secagg.wire import from_config, to_config
-from dpfl_flower.wire import read_array, write_array
+from dpfl_flower.wire import array_record, config_record, read_array, write_array
 
 __all__ = [
     "DecryptRequest",
@@ -118,16 +118,17 @@ def decode_encrypted(content: RecordDict) -> tuple[Encrypted, list[bytes]]:
 
 
 def _fields(content: RecordDict) -> dict[str, object]:
-    record = content.config_records.get(records.SECAGG)
+    record = config_record(content, records.SECAGG)
     if record is None:
         raise ValueError(f"a ConfigRecord {records.SECAGG!r} must be there")
     return dict(record)
 
 
 def _ciphertexts(content: RecordDict) -> list[bytes]:
-    record = content.array_records.get(records.MASKED)
-    if record is None:
-        raise ValueError("the ciphertexts are missing")
+    try:
+        record = array_record(content, records.MASKED)
+    except KeyError as error:
+        raise ValueError("the ciphertexts are missing") from error
     found = []
     for index in range(len(record)):
         try:

@@ -7,6 +7,7 @@ False
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from dpfl_flower import checks
 
@@ -64,12 +65,16 @@ class Session:
             (
                 _PROTOCOL,
                 purpose.encode().ljust(16, b"\0"),
-                node_bytes(self.run_id),
-                node_bytes(self.server_round),
-                hashlib.sha256(self.terms).digest(),
+                self._bound,
                 *map(node_bytes, parties),
             )
         )
+
+    @cached_property
+    def _bound(self) -> bytes:
+        """What every label of this round holds: a node makes four for each neighbour."""
+        terms = hashlib.sha256(self.terms).digest()
+        return node_bytes(self.run_id) + node_bytes(self.server_round) + terms
 
     def pair_label(self, node_id: int, peer: int) -> bytes:
         """Return the label of the mask that two nodes have in common, the same for both."""

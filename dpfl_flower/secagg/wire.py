@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from dpfl_flower import records
 from dpfl_flower.secagg import messages
 from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage, Token
-from dpfl_flower.wire import read_array, write_array
+from dpfl_flower.wire import array_record, config_record, read_array, write_array
 
 __all__ = ["decode_reply", "decode_request", "encode", "from_config", "to_config"]
 
@@ -71,12 +71,12 @@ def decode_request(content: RecordDict) -> Request:
 
 def decode_reply(content: RecordDict) -> Reply:
     """Return the reply in ``content``; errors as for `decode_request`."""
-    record = content.config_records.get(records.SECAGG)
+    record = config_record(content, records.SECAGG)
     if record is not None and record.get(_STAGE) == int(Stage.MASK):
         rest = {name: value for name, value in record.items() if name != _STAGE}
         tokens = from_config(_Tokens, rest).tokens
         try:
-            vector = read_array(content.array_records[records.MASKED][records.SUM])
+            vector = read_array(array_record(content, records.MASKED)[records.SUM])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("the masked vector is missing or no array") from error
         if vector.dtype != np.uint8 or vector.ndim != 1:
@@ -86,7 +86,7 @@ def decode_reply(content: RecordDict) -> Reply:
 
 
 def _decode(content: RecordDict, kinds: Mapping[int, type[M]]) -> M:
-    record = content.config_records.get(records.SECAGG)
+    record = config_record(content, records.SECAGG)
     if record is None:
         raise ValueError(f"a ConfigRecord {records.SECAGG!r} must be there")
     fields = dict(record)

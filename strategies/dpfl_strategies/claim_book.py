@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Message
 from dpfl_flower import records
 from dpfl_flower.accounting import Event
 from dpfl_flower.accounting.events import count_events
+from dpfl_flower.wire import config_record
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport, read_claim
 
 __all__ = ["ClaimBook"]
@@ -56,7 +57,7 @@ class ClaimBook:
     def read(self, reply: Message) -> NodeClaim | None:
         """Take in a reply's claim and return it; None where it holds none that can be read."""
         node = reply.metadata.src_node_id
-        claim = read_claim(node, reply.content.config_records.get(records.PRIVACY))
+        claim = read_claim(node, config_record(reply.content, records.PRIVACY))
         if claim is None:
             return None
         last = self._last.get(node)

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 from dpfl_flower import records
 from dpfl_flower.layout import ArrayLayout
-from dpfl_flower.wire import answered_arrays, answered_metrics, num_examples, read_array
+from dpfl_flower.wire import (
+    answered_arrays,
+    answered_metrics,
+    array_record,
+    num_examples,
+    read_array,
+)
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -72,7 +78,7 @@ def parse_sum(reply: Message, *, width: int, bound: int) -> NDArray[np.int64] | 
     No entry may exceed ``bound``, so that sums of such parts cannot wrap around.
     """
     try:
-        total = read_array(reply.content.array_records[records.INTEGER_SUM][records.SUM])
+        total = read_array(array_record(reply.content, records.INTEGER_SUM)[records.SUM])
         if total.dtype != np.int64 or total.shape != (width,):
             raise ValueError(f"expected int64 of shape {(width,)}")
         if total.min() < -bound or total.max() > bound:

@@ -15,7 +15,7 @@ from dpfl_flower.client.awaiting import request_awaiting_noise
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, guard_mod
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.users.request import AnyRequest, CohortRequest
-from dpfl_flower.wire import read_array
+from dpfl_flower.wire import array_record, config_record, read_array
 
 if TYPE_CHECKING:
     from dpfl_flower.client.users.cohort import UserCohort
@@ -84,8 +84,11 @@ def _parse(content: RecordDict) -> tuple[AnyRequest, dict[str, NDArray[np.generi
     try:
         request: AnyRequest | None = request_awaiting_noise()
         if request is None:
-            request = CohortRequest.from_config(content.config_records[records.COHORT])
-        found = content.array_records[records.ARRAYS]
+            record = config_record(content, records.COHORT)
+            if record is None:
+                raise KeyError(records.COHORT)
+            request = CohortRequest.from_config(record)
+        found = array_record(content, records.ARRAYS)
         return request, {name: read_array(array) for name, array in found.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise NodeError(
