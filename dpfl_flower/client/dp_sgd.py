@@ -44,7 +44,8 @@ from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.record_set import RecordSet
 from dpfl_flower.client.sample_sum import SampleSum
 from dpfl_flower.client.separable import require_trainable, restored_buffers
-from dpfl_flower.client.torch_seed import seed_torch
+from dpfl_flower.client.torch_seed import forked_seeds, seed_torch
+from dpfl_flower.client.training_device import training_device
 from dpfl_flower.rng import RandomSource, secure
 
 
@@ -121,8 +122,8 @@ class DPSGDClient(NumPyClient):
     ModelRefused
         If the model cannot be trained record by record; see `require_trainable`.
     ValueError
-        If a ``target_epsilon`` is to be met with a seeded ``rng``, or noise is to be drawn on a
-        device that is not CUDA.
+        If a ``target_epsilon`` is to be met with a seeded ``rng``, the device is neither the CPU
+        nor CUDA, or noise is to be drawn on one that is not CUDA.
     """
 
     def __init__(
@@ -147,9 +148,7 @@ class DPSGDClient(NumPyClient):
                 f"target_epsilon={config.target_epsilon!r} needs noise that nobody can reproduce, "
                 "not a seeded rng"
             )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = training_device(device)
         require_noise_source(config.noise_source, self._device)
         self._model = model.to(self._device)
         self._records = RecordSet(dataset, self._device)
@@ -233,7 +232,7 @@ class DPSGDClient(NumPyClient):
         )
         self._model.train()
         with (
-            torch.random.fork_rng([self._device] if self._device.type == "cuda" else []),
+            forked_seeds(self._device),
             kind(
                 self._model,
                 self._loss_fn,
@@ -249,7 +248,7 @@ class DPSGDClient(NumPyClient):
                     config.sampling_rate, self._rng, at_most=config.max_physical_batch_size
                 ):
                     # Dropout masks that somebody can foretell would tie records to their places.
-                    seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"))
+                    seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"), self._device)
                     with restored_buffers(self._model):
                         sample.add(indices)
                 noisy = release(sample.total, clip_norm=clip_norms.current)

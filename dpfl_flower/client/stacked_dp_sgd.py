@@ -45,7 +45,8 @@ from dpfl_flower.client.per_sample.stacked import StackedClipper, unstackable
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.record_set import RecordSet
 from dpfl_flower.client.stacked_sample import StackedSample, padded_width
-from dpfl_flower.client.torch_seed import seed_torch
+from dpfl_flower.client.torch_seed import forked_seeds, seed_torch
+from dpfl_flower.client.training_device import training_device
 from dpfl_flower.rng import RandomSource, secure
 
 logger = logging.getLogger(NODE_LOGGER)
@@ -124,8 +125,8 @@ class StackedDPSGD:
         If a model cannot be trained record by record.
     ValueError
         If there is not one data set and one ledger per model, two models share a parameter or a
-        data set, a ``target_epsilon`` is to be met with a seeded ``rng``, or noise is to be drawn
-        on a device that is not CUDA.
+        data set, a ``target_epsilon`` is to be met with a seeded ``rng``, the device is neither the
+        CPU nor CUDA, or noise is to be drawn on one that is not CUDA.
     """
 
     def __init__(
@@ -149,9 +150,7 @@ class StackedDPSGD:
             )
         _require_own_parameters(models)
         _require_own_ledgers(ledgers)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = training_device(device)
         self._rng = secure() if rng is None else rng
         self._policy = NodePolicy() if policy is None else policy
         self._models, self._ledgers = list(models), list(ledgers)
@@ -269,11 +268,11 @@ class StackedDPSGD:
             source=config.noise_source,
         )
         optimizers = merged(self._optimizer, clipper.parameters)
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+        with forked_seeds(self._device):
             for _ in range(config.steps_per_round):
                 chosen = [of.chosen(config.sampling_rate, self._rng) for of in records]
                 # What a loss draws from torch must be foretold by nobody: see `DPSGDClient`.
-                seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"))
+                seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"), self._device)
                 noisy = release.rows(sample.sums(chosen), clip_norm=config.clip_norm)
                 clipper.hand_out(noisy)
                 for optimizer in optimizers:
