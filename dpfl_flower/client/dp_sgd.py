@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from dpfl_flower import checks
 from dpfl_flower.client.clip_norms import ClipNorms
 from dpfl_flower.client.dp_sgd_charge import charge_round, resolve_noise
 from dpfl_flower.client.dp_sgd_config import DPSGDConfig
@@ -40,6 +41,7 @@ from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noise_source import require_noise_source
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, LossFunction, PerExampleClipper
+from dpfl_flower.client.per_sample.ghost_limits import require_ghost_bound
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.record_set import RecordSet
 from dpfl_flower.client.sample_sum import SampleSum
@@ -106,7 +108,8 @@ class DPSGDClient(NumPyClient):
         What the node agrees to; see `NodePolicy.from_node_config`.
     engine : GradientEngine
         How per-example gradients are bounded. Default: in one backward pass ("book-keeping") where
-        there is a rule for every layer that is trained, else by Opacus.
+        there is a rule for every layer that is trained, else by Opacus, else by functorch: the
+        first that is seen to be right, which one line in the node's log names.
     example : sequence of Tensor or array, optional
         Inputs and target of one record, of which only shapes and dtypes count: public constants. A
         model that cannot be trained privately on such records is refused. Without it the shapes are
@@ -120,7 +123,8 @@ class DPSGDClient(NumPyClient):
     Raises
     ------
     ModelRefused
-        If the model cannot be trained record by record; see `require_trainable`.
+        If the model cannot be trained record by record; see `require_trainable`. With ghost
+        clipping also in half or mixed precision, or clipped per layer: see `require_ghost_bound`.
     ValueError
         If a ``target_epsilon`` is to be met with a seeded ``rng``, the device is neither the CPU
         nor CUDA, or noise is to be drawn on one that is not CUDA.
@@ -141,7 +145,14 @@ class DPSGDClient(NumPyClient):
         device: torch.device | str | None = None,
         rng: RandomSource | None = None,
     ) -> None:
-        require_trainable(model)
+        self._engine = checks.choice(GradientEngine, engine=engine)
+        require_trainable(model, engine=self._engine)
+        if self._engine is GradientEngine.GHOST:
+            require_ghost_bound(
+                (p for p in model.parameters() if p.requires_grad),
+                config.clip_style,
+                autocast=config.mixed_precision,
+            )
         self._rng = secure() if rng is None else rng
         if config.target_epsilon is not None and not self._rng.protects:
             raise ValueError(
@@ -157,7 +168,6 @@ class DPSGDClient(NumPyClient):
         self._optimizer = optimizer
         self._ledger = ledger
         self._policy = NodePolicy() if policy is None else policy
-        self._engine = GradientEngine(engine)
         self._example = None if example is None else [_one(part, self._device) for part in example]
         self._claim: ConfigRecord | None = None
         self._clipper: type[PerExampleClipper] | None = None
@@ -214,7 +224,13 @@ class DPSGDClient(NumPyClient):
             public = self._example is not None
             example = self._example if public else self._records.first()
             self._clipper = choose_engine(
-                self._model, self._loss_fn, self._engine, example, public=public
+                self._model,
+                self._loss_fn,
+                self._engine,
+                example,
+                public=public,
+                style=self._config.clip_style,
+                autocast=self._config.mixed_precision,
             )
         return self._clipper
 

@@ -6,18 +6,18 @@
 'BookKeepingClipper'
 """
 
+import functools
 import logging
+from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import nn
 
+from dpfl_flower.client.clip_style import ClipStyle
 from dpfl_flower.client.errors import NODE_LOGGER, ModelRefused
-from dpfl_flower.client.per_example import (
-    Batch,
-    GradientEngine,
-    LossFunction,
-    clipper_class,
-)
+from dpfl_flower.client.gradient_check import EngineRefused
+from dpfl_flower.client.per_example import Batch, GradientEngine, LossFunction, clipper_class
 from dpfl_flower.client.per_sample.clipper import PerExampleClipper
 from dpfl_flower.client.per_sample.layers import unsupported
 from dpfl_flower.client.per_sample.single import SingleClipper
@@ -27,6 +27,13 @@ logger = logging.getLogger(NODE_LOGGER)
 
 __all__ = ["choose_engine", "nn", "torch"]
 
+_IN_ORDER: Final = {
+    GradientEngine.BOOKKEEPING: "Book-keeping bounds",
+    GradientEngine.HOOKS: "Opacus' hooks bound",
+    GradientEngine.FUNCTORCH: "Functorch bounds",
+}
+"""What ``AUTO`` tries, and what the node's log says of it."""
+
 
 def choose_engine(
     model: nn.Module,
@@ -35,6 +42,8 @@ def choose_engine(
     example: Batch | None,
     *,
     public: bool,
+    style: ClipStyle = ClipStyle.FLAT,
+    autocast: bool = False,
 ) -> type[PerExampleClipper]:
     """Return the clipper for ``model``: the one asked for, if it was seen to be right.
 
@@ -43,7 +52,7 @@ def choose_engine(
     Parameters
     ----------
     engine : GradientEngine
-        The one asked for. ``AUTO``: book-keeping where it is right, else hooks.
+        The one asked for. ``AUTO``: book-keeping where it is right, else hooks, else functorch.
     example : sequence of Tensor, optional
         Inputs and target of one record, with a first dimension of 1; only shapes and dtypes are
         used.
@@ -51,17 +60,24 @@ def choose_engine(
         Whether ``example`` is a public constant. Where it was taken from a record, no verdict on
         the model may leave the node, since the record's shape could have made it: a model that
         does not pass is trained one record at a time, and the answer looks the same.
+    style, autocast
+        How gradients will be clipped, and whether the model will run in mixed precision: what
+        raises only then is refused too.
 
     Raises
     ------
     ModelRefused
-        Only if ``public``, for a model that no engine but that one gets right.
+        Only if ``public``, for a model that no engine but that one gets right. Whatever an engine
+        raises on a model is such a refusal.
     """
     if example is None:
         logger.info("Training one record at a time: there is no record to take shapes from")
         return SingleClipper
+    check = functools.partial(
+        _checked, model, loss_fn, example=example, style=style, autocast=autocast
+    )
     try:
-        return _checked(model, loss_fn, engine, example)
+        return _first_right(model, check) if engine is GradientEngine.AUTO else check(engine)
     except Exception as error:
         if public:
             raise
@@ -73,19 +89,46 @@ def choose_engine(
         return SingleClipper
 
 
-def _checked(
-    model: nn.Module, loss_fn: LossFunction, engine: GradientEngine, example: Batch
+def _first_right(
+    model: nn.Module, check: Callable[[GradientEngine], type[PerExampleClipper]]
 ) -> type[PerExampleClipper]:
-    if engine is GradientEngine.AUTO:
-        if (layer := unsupported(model)) is not None:
-            logger.info("Opacus' hooks bound the gradients: book-keeping has no rule for %s", layer)
-            return _checked(model, loss_fn, GradientEngine.HOOKS, example)
+    refused: dict[GradientEngine, str] = {}
+    if (layer := unsupported(model)) is not None:
+        refused[GradientEngine.BOOKKEEPING] = f"book-keeping has no rule for {layer}"
+    for engine, name in _IN_ORDER.items():
+        if engine in refused:
+            continue
         try:
-            return _checked(model, loss_fn, GradientEngine.BOOKKEEPING, example)
-        except ModelRefused as error:
-            logger.info("Trying Opacus' hooks: book-keeping is refused: %s", error)
-            return _checked(model, loss_fn, GradientEngine.HOOKS, example)
-    if require_separable(model, loss_fn, example, engine=engine):
+            found = check(engine)
+        except EngineRefused as error:
+            refused[engine] = str(error)
+            continue
+        if refused:
+            logger.info("%s the gradients: %s", name, "; ".join(refused.values()))
+        return found
+    reasons = list(dict.fromkeys(refused.values()))
+    raise ModelRefused("; ".join([*reasons, *_instead_of_cells(model)]))
+
+
+def _instead_of_cells(model: nn.Module) -> list[str]:
+    return [
+        f"put opacus.layers.dp_rnn.DP{kind} in the place of {name} (with the same arguments, and "
+        "bias=True), on the server too"
+        for name, module in model.named_modules()
+        if (kind := type(module).__name__) in ("RNNCell", "LSTMCell", "GRUCell")
+    ]
+
+
+def _checked(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    engine: GradientEngine,
+    *,
+    example: Batch,
+    style: ClipStyle,
+    autocast: bool,
+) -> type[PerExampleClipper]:
+    if require_separable(model, loss_fn, example, engine=engine, style=style, autocast=autocast):
         return clipper_class(engine)
     logger.warning("Training one record at a time: the model does not run on made-up records")
     return SingleClipper

@@ -44,7 +44,9 @@ __all__ = [
 class GradientEngine(StrEnum):
     """How per-example gradients are bounded. All give the same sum.
 
-    ``AUTO``: book-keeping where it has a rule for every trainable layer, else hooks.
+    ``AUTO``: book-keeping where it has a rule for every trainable layer, else hooks. Where the
+    model can be tried (`choose_engine`), the first of book-keeping, hooks and functorch that is
+    right.
     ``BOOKKEEPING``: one backward pass, little dearer than SGD's; see `BookKeepingClipper`.
     ``GHOST``: Opacus' norms, and a second backward pass. Both compute norms of what they do not
     hold, so `require_separable` compares them with autograd before the first charge.
@@ -86,11 +88,6 @@ def per_example_clipper(
 ) -> PerExampleClipper:
     """Return the clipper of ``engine`` for ``model``, to be used in a ``with`` statement."""
     engine = checks.choice(GradientEngine, engine=engine)
-    if autocast and engine is GradientEngine.GHOST:
-        raise ValueError(
-            f"engine={engine.value!r} must be another one with mixed precision: its second "
-            "backward pass rounds to bfloat16, past the bound"
-        )
     if engine is GradientEngine.AUTO:
         engine = GradientEngine.BOOKKEEPING if unsupported(model) is None else GradientEngine.HOOKS
     return clipper_class(engine)(model, loss_fn, clip=Clip(clip_norm, style), autocast=autocast)

@@ -41,16 +41,11 @@ _FIX: Final = (
     "opacus.validators.ModuleValidator.fix(model) replaces it "
     "(BatchNorm becomes GroupNorm); use the fixed model on the server too"
 )
-_BATCH_FIRST: Final = "(with the same arguments, and batch_first=True)"
-_BIAS_GIVEN: Final = "(with the same arguments, and bias=True)"
 _TAKEN_BY: Final = {
-    nn.RNN: f"opacus.layers.DPRNN in its place {_BATCH_FIRST}",
-    nn.LSTM: f"opacus.layers.DPLSTM in its place {_BATCH_FIRST}",
-    nn.GRU: f"opacus.layers.DPGRU in its place {_BATCH_FIRST}",
-    nn.RNNCell: f"opacus.layers.dp_rnn.DPRNNCell in its place {_BIAS_GIVEN}",
-    nn.LSTMCell: f"opacus.layers.dp_rnn.DPLSTMCell in its place {_BIAS_GIVEN}",
-    nn.GRUCell: f"opacus.layers.dp_rnn.DPGRUCell in its place {_BIAS_GIVEN}",
-    nn.MultiheadAttention: f"opacus.layers.DPMultiheadAttention in its place {_BATCH_FIRST}",
+    nn.RNN: "DPRNN",
+    nn.LSTM: "DPLSTM",
+    nn.GRU: "DPGRU",
+    nn.MultiheadAttention: "DPMultiheadAttention",
 }
 """What multiplies by weights inside of torch, where no hook sees it, and what to use instead."""
 
@@ -59,9 +54,7 @@ _PROBES: Final = 3
 _TOLERANCE: Final = 1e-3
 
 
-def require_trainable(
-    model: nn.Module, *, engine: GradientEngine = GradientEngine.AUTO
-) -> None:
+def require_trainable(model: nn.Module, *, engine: GradientEngine = GradientEngine.AUTO) -> None:
     """Raise unless DP-SGD can train ``model`` at all.
 
     Parameters
@@ -76,9 +69,8 @@ def require_trainable(
         For a model without trainable parameters, one that Opacus wraps already, and for layers that
         couple the records of a batch or keep statistics of them (BatchNorm, also a frozen one or
         one without weights; InstanceNorm with running statistics; embeddings with ``max_norm`` or
-        ``scale_grad_by_freq``) or whose per-example gradients no hook sees (torch's RNN, LSTM, GRU,
-        their cells and MultiheadAttention, where they are trained). The message names the layer and
-        the fix.
+        ``scale_grad_by_freq``) or whose per-example gradients no hook sees (torch's RNN, LSTM, GRU
+        and MultiheadAttention, where they are trained). The message names the layer and the fix.
     """
     if _wrapped_by_opacus(model):
         raise ModelRefused("the model is wrapped by Opacus; hand over the model itself")
@@ -95,26 +87,20 @@ def require_trainable(
                 raise ModelRefused(f"{name}: max_norm writes to the rows that records name")
             if module.scale_grad_by_freq:
                 raise ModelRefused(f"{name}: scale_grad_by_freq counts over the records of a batch")
-        if (instead := _taken_by(module, engine)) is not None:
+        instead = next((dp for torchs, dp in _TAKEN_BY.items() if isinstance(module, torchs)), None)
+        if instead is not None and any(p.requires_grad for p in module.parameters()):
+            seen_into = isinstance(module, nn.MultiheadAttention)
+            if seen_into and engine is GradientEngine.FUNCTORCH:
+                continue
             raise ModelRefused(
                 f"{name}: {kind} hides its inner layers, so that nobody can tell the records' "
-                f"gradients apart; put {instead}, on the server too"
+                f"gradients apart; put opacus.layers.{instead} in its place (with the same "
+                "arguments, and batch_first=True), on the server too"
+                + (", or train with engine 'functorch', which is slower" if seen_into else "")
             )
     by_hooks = engine is not GradientEngine.FUNCTORCH and unsupported(model) is not None
     if by_hooks and (errors := _opacus_errors(model)):
         raise ModelRefused(f"{'; '.join(errors)}; {_FIX}")
-
-
-def _taken_by(module: nn.Module, engine: GradientEngine) -> str | None:
-    """Return what to put in the place of a layer that ``engine`` cannot see into."""
-    kind = next((kind for kind in _TAKEN_BY if isinstance(module, kind)), None)
-    if kind is None or not any(p.requires_grad for p in module.parameters()):
-        return None
-    if kind is nn.MultiheadAttention:
-        if engine is GradientEngine.FUNCTORCH:
-            return None
-        return f"{_TAKEN_BY[kind]} or train with engine 'functorch', which is slower"
-    return _TAKEN_BY[kind]
 
 
 def _wrapped_by_opacus(model: nn.Module) -> bool:
@@ -253,7 +239,7 @@ def _require_no_coupling(model: nn.Module, loss_fn: LossFunction, batch: Batch) 
     inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in batch[:-1]]
     losses = per_example_losses(model(*inputs), batch[-1], loss_fn)
     floating = [t for t in inputs if t.requires_grad]
-    if floating:
+    if floating and losses.requires_grad:
         slopes = torch.autograd.grad(losses[0], floating, allow_unused=True)
         if any(bool((slope[1:] != 0).any()) for slope in slopes if slope is not None):
             raise ModelRefused("the loss of one record depends on another record's input")

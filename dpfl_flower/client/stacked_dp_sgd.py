@@ -230,7 +230,12 @@ class StackedDPSGD:
         example = [part.unsqueeze(0) for part in self._example]
         # The models are alike, so what holds for the gradients of one holds for all.
         engine = choose_engine(
-            self._models[0], self._loss_fn, GradientEngine.AUTO, example, public=True
+            self._models[0],
+            self._loss_fn,
+            GradientEngine.AUTO,
+            example,
+            public=True,
+            style=self._config.clip_style,
         )
         if engine is not BookKeepingClipper:
             return "book-keeping could not be checked on made-up records"

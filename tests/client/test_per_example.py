@@ -133,7 +133,7 @@ def test_a_frozen_parameter_is_left_out(engine):
     assert distance(clipped_sum(model, batch, engine=engine), reference(model, batch)) < 1e-6
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "ghost"])
 def test_half_precision_models_are_summed_in_float32(engine):
     model = MODELS["mlp"][0]().bfloat16()
     batch = [torch.randn(7, 5, dtype=torch.bfloat16), torch.randint(3, (7,))]

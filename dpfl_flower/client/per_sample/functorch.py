@@ -7,6 +7,10 @@
 (torch.Size([1, 2]), torch.Size([1]))
 """
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -40,12 +44,20 @@ class FunctorchClipper(PerExampleClipper):
 
             return self._losses(model, [part.unsqueeze(0) for part in record]).squeeze(0)
 
-        gradients = vmap(grad(loss), in_dims=(None, *(0 for _ in batch)), randomness="different")(
-            trained, *batch
-        )
+        of_each = vmap(grad(loss), in_dims=(None, *(0 for _ in batch)), randomness="different")
+        with _no_speed_warning():
+            gradients = of_each(trained, *batch)
         return self._sum_held(
             [
                 gradients[name].to(wide(p))
                 for name, p in zip(self._names, self.parameters, strict=True)
             ]
         )
+
+
+@contextlib.contextmanager
+def _no_speed_warning() -> Iterator[None]:
+    # Where torch has no batched rule for an operation, it takes the records one after the other.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        yield

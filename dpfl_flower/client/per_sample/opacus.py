@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dpfl_flower.client._opacus import GradSampleModule, GradSampleModuleFastGradientClipping
 from dpfl_flower.client.errors import ModelRefused
 from dpfl_flower.client.per_sample.clip import Clip
-from dpfl_flower.client.per_sample.clipper import Batch, PerExampleClipper, wide
+from dpfl_flower.client.per_sample.clipper import Batch, LossFunction, PerExampleClipper, wide
+from dpfl_flower.client.per_sample.ghost_limits import require_ghost_bound
 
 _LEFT_ON_MODULES: Final = ("activations", "max_batch_len", "ft_compute_sample_grad")
 _LEFT_ON_PARAMETERS: Final = (
@@ -97,20 +98,29 @@ class HooksClipper(_OpacusClipper):
 
 
 class GhostClipper(_OpacusClipper):
-    """Computes each record's gradient norm only, then the clipped sum in a second backward pass."""
+    """Computes each record's gradient norm only, then the clipped sum in a second backward pass.
+
+    Raises
+    ------
+    ModelRefused
+        For what it cannot bound: see `require_ghost_bound`.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFunction, *, clip: Clip, autocast: bool = False
+    ) -> None:
+        super().__init__(model, loss_fn, clip=clip, autocast=autocast)
+        require_ghost_bound(self.parameters, clip.style, autocast=autocast)
 
     def _wrap(self) -> Any:
         duplicates = list(self.model.named_parameters(remove_duplicate=False))
         if len(duplicates) != len(list(self.model.parameters())):
             raise ModelRefused("ghost clipping cannot share a parameter; use engine 'hooks'")
-        if self.clip.by_layer:
-            raise ModelRefused(
-                "the second backward pass of ghost clipping has one factor per record, "
-                "not one per layer; use engine 'bookkeeping'"
-            )
         return _Float64Norms(self.model, loss_reduction="sum")
 
     def _clipped_sum(self, batch: Batch) -> list[Tensor]:
+        # The clip may be replaced and the model converted after the clipper was built.
+        require_ghost_bound(self.parameters, self.clip.style, autocast=self._autocast)
         while True:
             losses = self._losses(self._hooked, batch)
             _backward(losses.sum(), retain_graph=True)

@@ -13,6 +13,7 @@ from dpfl_flower.client.engine_choice import choose_engine
 from dpfl_flower.client.errors import NODE_LOGGER
 from dpfl_flower.client.per_example import Clip, per_example_clipper
 from dpfl_flower.client.per_sample.bookkeeping import BookKeepingClipper
+from dpfl_flower.client.per_sample.functorch import FunctorchClipper
 from dpfl_flower.client.per_sample.opacus import HooksClipper
 from dpfl_flower.client.per_sample.single import SingleClipper
 from dpfl_flower.client.separable import require_trainable
@@ -134,14 +135,33 @@ def test_torchs_attention_is_refused_with_what_to_use_instead():
         require_trainable(attention)
 
 
-def test_attention_whose_records_come_second_is_refused_with_the_option_to_set():
-    model = Attention(DPMultiheadAttention, batch_first=False)
-    with pytest.raises(ModelRefused, match="batch_first=True"):
-        choose_engine(model, CROSS_ENTROPY, GradientEngine.AUTO, ONE, public=True)
+SECOND = {
+    "attention": (
+        lambda: Attention(DPMultiheadAttention, batch_first=False),
+        r"batch_first=True",
+    ),
+    # Opacus' bias for keys has its records second, whatever batch_first says.
+    "bias-for-keys": (
+        lambda: Attention(lambda *a, **k: DPMultiheadAttention(*a, add_bias_kv=True, **k)),
+        r"engine 'hooks' fails on a batch of 3 records",
+    ),
+}
 
 
-def test_a_layer_on_which_the_engine_breaks_is_refused_and_not_an_error_of_its_own():
-    """Opacus' bias for keys has its records second, whatever batch_first says."""
-    model = Attention(lambda *a, **k: DPMultiheadAttention(*a, add_bias_kv=True, **k))
-    with pytest.raises(ModelRefused, match="engine 'hooks' fails on a batch of 3 records"):
-        choose_engine(model, CROSS_ENTROPY, GradientEngine.AUTO, ONE, public=True)
+@pytest.mark.parametrize("kind", list(SECOND))
+def test_layers_whose_records_come_second_fall_back_to_functorch_and_are_exact(kind, caplog):
+    build, reason = SECOND[kind]
+    torch.manual_seed(0)
+    model = build()
+    with caplog.at_level(logging.INFO, NODE_LOGGER):
+        chosen = choose_engine(model, CROSS_ENTROPY, GradientEngine.AUTO, ONE, public=True)
+    assert chosen is FunctorchClipper
+    said = [r.getMessage() for r in caplog.records if r.name == NODE_LOGGER]
+    assert len(said) == 1 and said[0].startswith("Functorch bounds")
+    with pytest.raises(ModelRefused, match=reason):
+        choose_engine(model, CROSS_ENTROPY, GradientEngine.HOOKS, ONE, public=True)
+    model = model.double()
+    batch = [torch.randn(7, LENGTH, WIDTH).double(), torch.randint(3, (7,))]
+    ours = flat(chosen(model, CROSS_ENTROPY, clip=Clip(0.5)), batch)
+    autograd = flat(SingleClipper(model, CROSS_ENTROPY, clip=Clip(0.5)), batch)
+    assert float((ours - autograd).norm()) <= 1e-6 * float(autograd.norm())
