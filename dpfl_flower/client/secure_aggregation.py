@@ -10,8 +10,9 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final, cast
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
@@ -40,10 +41,12 @@ from dpfl_flower.secagg.node_checks import certain_vectors
 from dpfl_flower.secagg.node_state import NodeRules, NodeState, Party
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.terms import terms_of
-from dpfl_flower.secagg.wire import decode_request, encode, from_config, to_config
+from dpfl_flower.secagg.wire import decode_request, encode, from_bytes, to_bytes
 from dpfl_flower.wire import config_record
 
 __all__ = ["rules_from_node_config", "secure_aggregation_mod"]
+
+_STATE: Final = "state"
 
 
 def secure_aggregation_mod(
@@ -116,7 +119,9 @@ def _answer(message: Message, context: Context, call_next: ClientAppCallable) ->
     state = _take_state(context)
     reply, state = _stage(request, state, rules, message, context, call_next)
     if state is not None:
-        context.state[records.SECAGG_STATE] = to_config(state)
+        context.state[records.SECAGG_STATE] = ConfigRecord(
+            {"expires": state.expires, _STATE: to_bytes(state)}
+        )
     return Message(encode(reply), reply_to=message)
 
 
@@ -178,4 +183,4 @@ def _take_state(context: Context) -> NodeState | None:
     if record is None:
         return None
     del context.state[records.SECAGG_STATE]
-    return from_config(NodeState, dict(record))
+    return from_bytes(NodeState, cast("bytes", record[_STATE]))

@@ -11,6 +11,7 @@ True
 """
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Mapping
@@ -24,7 +25,15 @@ from dpfl_flower.secagg import messages
 from dpfl_flower.secagg.messages import Masked, Reply, Request, Stage, Token
 from dpfl_flower.wire import array_record, config_record, read_array, write_array
 
-__all__ = ["decode_reply", "decode_request", "encode", "from_config", "to_config"]
+__all__ = [
+    "decode_reply",
+    "decode_request",
+    "encode",
+    "from_bytes",
+    "from_config",
+    "to_bytes",
+    "to_config",
+]
 
 M = TypeVar("M")
 
@@ -36,6 +45,7 @@ _REPLIES: Final[Mapping[int, type[Reply]]] = {
     kind.stage: kind for kind in typing.get_args(messages.Reply)
 }
 _MAX_INT: Final = 2**64 - 1
+_BYTES: Final = "latin-1"  # each byte is one character
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +108,45 @@ def _decode(content: RecordDict, kinds: Mapping[int, type[M]]) -> M:
 
 def to_config(message: Any) -> ConfigRecord:
     """Return a flat dataclass as a record; see `from_config`."""
+    return ConfigRecord(_flat(message))
+
+
+def to_bytes(message: Any) -> bytes:
+    """Return a flat dataclass as JSON, in a fraction of the time that a record of it takes.
+
+    >>> from dpfl_flower.secagg.messages import Advertised
+    >>> keys = Advertised(mask_key=b"m", seal_key=bytes([0, 255]), identity=b"", signature=b"")
+    >>> from_bytes(Advertised, to_bytes(keys)) == keys
+    True
+    """
+    flat = _flat(message)
+    for name in _columns_of_bytes(type(message)):
+        value = flat[name]
+        flat[name] = (
+            value.decode(_BYTES)
+            if isinstance(value, bytes)
+            else [item.decode(_BYTES) for item in value]
+        )
+    return json.dumps(flat).encode()
+
+
+def from_bytes(kind: type[M], data: bytes) -> M:
+    """Read what `to_bytes` wrote; ValueError for anything else."""
+    try:
+        flat = json.loads(data)
+        for name in _columns_of_bytes(kind):
+            value = flat[name]
+            flat[name] = (
+                value.encode(_BYTES)
+                if isinstance(value, str)
+                else [item.encode(_BYTES) for item in value]
+            )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{kind.__name__} is damaged") from error
+    return from_config(kind, flat)
+
+
+def _flat(message: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, (kind, items) in _fields(type(message)).items():
         value = getattr(message, name)
@@ -108,7 +157,7 @@ def to_config(message: Any) -> ConfigRecord:
                 flat[f"{name}.{inner}"] = [getattr(item, inner) for item in value]
         else:
             flat[name] = list(value)
-    return ConfigRecord(flat)
+    return flat
 
 
 def from_config(kind: type[M], record: Mapping[str, Any]) -> M:
@@ -157,6 +206,24 @@ def _value(name: str, value: object, kind: type[Any]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be finite")
     return value
+
+
+_known_columns: Final[dict[type[Any], tuple[str, ...]]] = {}
+
+
+def _columns_of_bytes(kind: type[Any]) -> tuple[str, ...]:
+    """Return the names, in a flat record, of what is bytes or a list of bytes."""
+    if kind in _known_columns:
+        return _known_columns[kind]
+    found = []
+    for name, (inner, _) in _fields(kind).items():
+        if dataclasses.is_dataclass(inner):
+            parts = _fields(typing.cast("type[Any]", inner)).items()
+            found += [f"{name}.{part}" for part, (of, _) in parts if of is bytes]
+        elif inner is bytes:
+            found.append(name)
+    _known_columns[kind] = tuple(found)
+    return _known_columns[kind]
 
 
 _known_fields: Final[dict[type[Any], Mapping[str, tuple[type[Any], bool]]]] = {}

@@ -23,7 +23,7 @@ from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.secagg import SecAggPlus, Session, SumRequest, terms_of
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.node_state import NodeState
-from dpfl_flower.secagg.wire import from_config
+from dpfl_flower.secagg.wire import from_bytes
 from tests.support.node import all_bytes, context, message
 
 GRID = IntegerGrid.for_noise_multiplier(1.0, 4)
@@ -126,6 +126,11 @@ def test_the_sum_is_that_of_bounded_updates():
     np.testing.assert_array_equal(total, 4 * uniform)
 
 
+def kept(context):
+    """Return what a node keeps of a round."""
+    return from_bytes(NodeState, context.state[records.SECAGG_STATE]["state"])
+
+
 def test_only_the_masked_vector_leaves():
     nodes = Nodes()
     exchange = nodes.go(until="mask")
@@ -183,9 +188,9 @@ def test_the_state_is_deleted_when_a_round_ends_or_fails_or_another_begins(monke
     nodes.go(server_round=2)
     assert all(records.SECAGG_STATE not in c.state for c in nodes.contexts.values())
     old = nodes.go(until="share", server_round=3)
-    before = dict(nodes.contexts[1].state[records.SECAGG_STATE])
+    before = kept(nodes.contexts[1])
     nodes.go(until="share", server_round=4)
-    assert nodes.contexts[1].state[records.SECAGG_STATE]["mask_private"] != before["mask_private"]
+    assert kept(nodes.contexts[1]).mask_private != before.mask_private
     late = nodes.content(old, old.requests[1])
     assert nodes.code(1, late) is NodeErrorCode.SECAGG_REPLAYED
 
@@ -544,10 +549,7 @@ def test_nodes_that_were_told_other_terms_share_no_keys():
         if node != lied_to:
             reply = fresh.ask(node, fresh.content(masking, asked, task()))
             assert not reply.has_error()
-            state = from_config(
-                NodeState, dict(fresh.contexts[node].state.config_records[records.SECAGG_STATE])
-            )
-            states.append({held.node_id for held in state.held})
+            states.append({held.node_id for held in kept(fresh.contexts[node]).held})
     # What the node with other terms sealed opens for nobody: no mask of its is ever taken off.
     assert all(lied_to not in held for held in states)
     assert exchange.stage == "share"

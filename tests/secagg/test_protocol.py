@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from dpfl_flower.secagg import RoundAbandoned, SecureSum
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.modulus import Modulus
-from dpfl_flower.secagg.node_state import NodeRules
+from dpfl_flower.secagg.node_state import NodeRules, NodeState
 from dpfl_flower.secagg.server import Advertising
-from dpfl_flower.secagg.wire import decode_reply, decode_request, encode, from_config, to_config
+from dpfl_flower.secagg.wire import (
+    decode_reply,
+    decode_request,
+    encode,
+    from_bytes,
+    from_config,
+    to_bytes,
+    to_config,
+)
+from tests.support.dropouts import EVERY_WAY, STAGES, survives
 from tests.support.secagg import Cast, plain_sum, plan, vectors, with_rosters
 
 SIX = (11, 22, 33, 44, 55, 2**63 + 66)
-EVERY = (Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.UNMASK)
 
 
 def test_nobody_drops_and_the_sum_is_exact():
@@ -34,15 +42,6 @@ def subsets(items):
     )
 
 
-def survives(answered):
-    """Whether a round of a complete graph ends well, given who answered at each stage."""
-    advertised, shared, masked, unmasked = map(len, answered)
-    if min(advertised, shared, masked) < 3:
-        return False
-    threshold = (advertised - 1) // 2 + 1
-    return min(shared, masked, unmasked) - 1 >= threshold
-
-
 @pytest.mark.parametrize(("bits", "lanes"), [(32, 1), (21, 3), (22, 8)])
 def test_every_way_of_six_nodes_to_drop_out_at_every_stage(bits, lanes):
     parts = vectors(SIX, width=2)
@@ -57,7 +56,7 @@ def test_every_way_of_six_nodes_to_drop_out_at_every_stage(bits, lanes):
                 following = stage.receive({node: replies[node] for node in there})
             except RoundAbandoned:
                 # Even if everybody had stayed from here on, it could not have been saved.
-                assert not survives((*now, *[now[-1]] * (len(EVERY) - len(now))))
+                assert not survives((*now, *[now[-1]] * (len(STAGES) - len(now))))
                 seen[False] += 1
                 continue
             if isinstance(following, SecureSum):
@@ -70,20 +69,17 @@ def test_every_way_of_six_nodes_to_drop_out_at_every_stage(bits, lanes):
 
     explore(Advertising(plan(SIX, width=2, bits=bits, lanes=lanes)), {}, ())
     # Of the 5^6 ways to drop out, those that keep the threshold; counted independently.
-    kept = 0
-    for leaving in itertools.product(range(5), repeat=6):
-        kept += survives([[n for n in leaving if n > stage] for stage in range(4)])
-    assert seen[True] == kept == 465
+    assert seen[True] == len(EVERY_WAY) == 465
 
 
 @st.composite
 def rounds(draw):
     count = draw(st.integers(3, 24))
     neighbours = draw(st.sampled_from([None, 4, 6, 10]))
-    leaving = draw(st.lists(st.sampled_from(Stage), min_size=count // 3, max_size=count // 3))
-    first = draw(st.integers(0, count - 1))
     nodes = [1000 - 7 * i for i in range(count)]
-    dropping = {nodes[(first + i) % count]: stage for i, stage in enumerate(leaving)}
+    dropping = draw(
+        st.dictionaries(st.sampled_from(nodes), st.sampled_from(Stage), max_size=count // 2)
+    )
     return nodes, neighbours, dropping
 
 
@@ -239,6 +235,7 @@ def test_every_message_and_state_survives_its_records():
                 assert again == reply
         for state in cast.states.values():
             assert from_config(type(state), dict(to_config(state))) == state
+            assert from_bytes(type(state), to_bytes(state)) == state
 
     cast = Cast(vectors(SIX), with_rosters(SIX))
     cast.run(plan(SIX, rosters=True), watch=watch, dropping={11: Stage.MASK})
@@ -263,3 +260,11 @@ def test_what_a_survivor_adds_a_dropped_peer_is_subtracted():
         result = Cast(parts).run(plan(SIX, width=4, bits=64), dropping={gone: Stage.MASK})
         np.testing.assert_array_equal(result.total, plain_sum(parts, set(SIX) - {gone}))
     assert Modulus(64).signed(Modulus(64).zeros(1)).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"[]", b"{}", b'{"server_round": 1}', b"\xff", b"null", b'{"bits": "x"}']
+)
+def test_a_state_that_is_damaged_is_an_error(damaged):
+    with pytest.raises(ValueError):
+        from_bytes(NodeState, damaged)

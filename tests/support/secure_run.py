@@ -1,12 +1,11 @@
 """A run whose model is the same, to the last bit, with secure aggregation and without."""
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid
 
 from dpfl_flower.accounting import EveryoneSampling
@@ -16,31 +15,31 @@ from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.wire import decode_request
 from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies import DPFedAvg
+from tests.support.dropouts import NODES, Way
 
 WIDTH = 300
 
-DROPOUTS: Final[Mapping[int, Mapping[int, Stage]]] = {
-    2: {0: Stage.ADVERTISE, 1: Stage.MASK},
-    3: {2: Stage.SHARE},
-    4: {3: Stage.UNMASK},
-    5: {4: Stage.MASK, 5: Stage.UNMASK},
-}
-"""By round: which of six nodes drops out at which stage."""
 
+def dropping(ways: Sequence[Way]) -> Mod:
+    """Return a mod that drops out in round r as the way r - 1 says.
 
-def dropping(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Drop out as `DROPOUTS` says; outside of secure aggregation, unless the vector is sent."""
-    config = message.content.config_records
-    node = int(context.node_config["partition-id"])
-    if "secagg" in config:
-        request = decode_request(message.content)
-        if DROPOUTS.get(request.server_round, {}).get(node) is request.stage:
+    Outside of secure aggregation a node drops out unless its vector would have been sent.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        config = message.content.config_records
+        node = int(context.node_config["partition-id"])
+        if "secagg" in config:
+            request = decode_request(message.content)
+            drops = ways[request.server_round - 1].get(node) is request.stage
+        else:
+            way = ways[int(config["config"]["server-round"]) - 1]
+            drops = way.get(node, Stage.UNMASK) != Stage.UNMASK
+        if drops:
             raise RuntimeError("planted")
-    elif DROPOUTS.get(int(config["config"]["server-round"]), {}).get(node, Stage.UNMASK) != (
-        Stage.UNMASK
-    ):
-        raise RuntimeError("planted")
-    return call_next(message, context)
+        return call_next(message, context)
+
+    return mod
 
 
 def train(message: Message, context: Context) -> Message:
@@ -69,16 +68,16 @@ def run(
     return strategy.start(grid, start, num_rounds=rounds, timeout=300).arrays["w"].numpy()
 
 
-def in_process(*, nodes: int, rounds: int, dropouts: bool = False) -> np.ndarray:
+def in_process(*, nodes: int, rounds: int, ways: Sequence[Way] = ()) -> np.ndarray:
     """Return what the run without secure aggregation gives, in this process."""
     app = ClientApp()
-    app.train(mods=[dropping] if dropouts else [])(train)
+    app.train(mods=[dropping(ways)] if ways else [])(train)
     with InProcessGrid(app, num_supernodes=nodes) as grid:
         return run(grid, nodes=nodes, rounds=rounds, secure_aggregation=None)
 
 
-def require_plain_sums(model: np.ndarray, *, nodes: int, rounds: int) -> None:
+def require_plain_sums(model: np.ndarray, ways: Sequence[Way]) -> None:
     """Require the model of the same survivors without masks, and that the dropouts count."""
-    expected = in_process(nodes=nodes, rounds=rounds, dropouts=True)
+    expected = in_process(nodes=NODES, rounds=len(ways), ways=ways)
     np.testing.assert_array_equal(model, expected)
-    assert np.any(model != in_process(nodes=nodes, rounds=rounds))
+    assert np.any(model != in_process(nodes=NODES, rounds=len(ways)))

@@ -23,10 +23,8 @@ from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.secagg import SecAggPlus
 from dpfl_strategies import LocalDPFedAvg
 from tests.support import secure_run, sums_clients
+from tests.support.dropouts import KINDS, NODES
 
-NODES = 6
-
-SECURE_ROUNDS = 5
 # Two neighbours of five may drop out: t = 3, and 2 t > 5.
 PROTOCOL = SecAggPlus(threshold=0.6)
 SECURE_MODEL = "secure.npy"
@@ -71,7 +69,7 @@ class AllClients(ClientApp):
     def _app_for(self, content: RecordDict) -> ClientApp:
         if "secagg" in content:
             app = ClientApp()
-            app.train(mods=[secure_run.dropping, secure_aggregation_mod])(secure_run.train)
+            app.train(mods=[secure_run.dropping(KINDS), secure_aggregation_mod])(secure_run.train)
             return app
         if "local" in content:
             unit = str(content["local"]["unit"])
@@ -129,9 +127,7 @@ def main(folder: Path) -> None:
     @server.main()
     def server_main(grid: Grid, context: Context) -> None:
         del context
-        secure = secure_run.run(
-            grid, nodes=NODES, rounds=SECURE_ROUNDS, secure_aggregation=PROTOCOL
-        )
+        secure = secure_run.run(grid, nodes=NODES, rounds=len(KINDS), secure_aggregation=PROTOCOL)
         np.save(folder / SECURE_MODEL, secure)
         (folder / LOCAL_RESULTS).write_text(json.dumps(run_local(grid)))
         before = nn.Linear(3, 1).state_dict()
