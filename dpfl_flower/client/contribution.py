@@ -58,21 +58,27 @@ __all__ = [
     "under_masks",
 ]
 
-_masked: Final = ContextVar("masked", default=False)
+_masked: Final[ContextVar[int | None]] = ContextVar("masked", default=None)
 
 
 @contextmanager
-def under_masks() -> Iterator[None]:
-    """Tell the app that what it answers inside the block is masked before it leaves the node."""
-    before = _masked.set(True)
+def under_masks(*, survivors: int = 0) -> Iterator[None]:
+    """Tell the app that what it answers inside the block is masked before it leaves the node.
+
+    And that it is unmasked only in a sum of at least so many vectors.
+    """
+    before = _masked.set(survivors)
     try:
         yield
     finally:
         _masked.reset(before)
 
 
-def masks_follow() -> bool:
-    """Return whether the answer that is being made is masked before it leaves the node."""
+def masks_follow() -> int | None:
+    """Return in a sum of how many vectors at least the answer that is being made is unmasked.
+
+    None where it is not masked at all before it leaves the node.
+    """
     return _masked.get()
 
 
@@ -189,6 +195,11 @@ class Contribution(ABC):
     def task(self) -> RecordDict:
         """The records that the app is called with."""
 
+    @property
+    def counts_on(self) -> int:
+        """In a sum of how many vectors at least this one may be; 0: as many as the node says."""
+        return 0
+
     @abstractmethod
     def vector(self, answer: RecordDict) -> Integers:
         """Return the vector to be masked, shape ``(width,)``.
@@ -297,7 +308,13 @@ class NoisedSum(Contribution):
 
     def __init__(self, request: DistributedRequest, task: RecordDict) -> None:
         self._grid = request.grid
+        self._counts_on = request.plan.min_survivors
         self._task = task
+
+    @property
+    def counts_on(self) -> int:
+        """The fewest survivors that the shares are calibrated to."""
+        return self._counts_on
 
     @property
     def task(self) -> RecordDict:

@@ -12,6 +12,7 @@
 ((16,), True, True)
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,9 +54,9 @@ class SharePolicy:
         The least that the node's own share must be, over the bound on a unit: what is left if
         every other node works with the server.
     enforced_survivors : int
-        With fewer vectors in the sum than this, the node itself does not let it be unmasked
-        (``secagg-min-cohort``). A plan that counts on more survivors is refused: their number
-        would be the server's word.
+        With fewer vectors in the sum than this, the node itself does not let it be unmasked:
+        ``secagg-min-cohort``, or what `secure_aggregation_mod` enforces for the plan. A plan that
+        counts on more survivors is refused: their number would be the server's word.
     colluders : int
         How many survivors the node reckons may work with the server (``secagg-colluders``). A plan
         that reckons with fewer is refused.
@@ -257,11 +258,14 @@ def noise_share_mod(
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
             return call_next(message, context)
         try:
+            policy = SharePolicy.from_node_config(context.node_config)
+            enforced = max(policy.enforced_survivors, masks_follow() or 0)
+            policy = dataclasses.replace(policy, enforced_survivors=enforced)
             share = NoiseShare(
                 NodeLedger.from_context(context, dataset=dataset, path=path),
                 delta=delta,
                 budget=budget,
-                policy=SharePolicy.from_node_config(context.node_config),
+                policy=policy,
             )
             return _answer(share, whose, message, context, call_next)
         except (Exception, SystemExit) as error:  # sys.exit carries text of the app's too
@@ -277,7 +281,7 @@ def _answer(
     context: Context,
     call_next: ClientAppCallable,
 ) -> Message:
-    if not masks_follow():
+    if masks_follow() is None:
         raise NodeError(
             NodeErrorCode.SECAGG_REQUIRED,
             "a share of the noise protects a masked sum only: put secure_aggregation_mod around "

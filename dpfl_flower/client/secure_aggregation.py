@@ -172,7 +172,9 @@ def _mask(
         # What the roster makes certain even if the server lies: docs/threat-model.md.
         most_survivors=None if rules.roster is None else certain_vectors(state),
     )
-    with under_masks():
+    # The shares of a noised sum count on each other: this node lets no smaller one be unmasked.
+    state = node.count_on(state, contribution.counts_on, rules)
+    with under_masks(survivors=state.counted_on):
         vector = contributed(contribution, message, context, call_next, width=state.width)
     return node.mask(state, vector)
 

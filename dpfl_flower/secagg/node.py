@@ -61,6 +61,7 @@ __all__ = [
     "accept_shares",
     "acknowledge",
     "advertise",
+    "count_on",
     "mask",
     "share_keys",
     "unmask",
@@ -212,6 +213,18 @@ def accept_shares(state: NodeState, request: MaskRequest, rules: NodeRules) -> N
         )
     check_cohort(rules, those(senders, state.members))
     return dataclasses.replace(state, sharers=senders, held=tuple(held), opening=())
+
+
+def count_on(state: NodeState, nodes: int, rules: NodeRules) -> NodeState:
+    """Let no vector of this round be unmasked in a sum of fewer than so many, this one included.
+
+    Raises
+    ------
+    Refused
+        TOO_FEW_NODES where there are fewer already. With a roster only its members count.
+    """
+    check_cohort(rules, those(state.sharers, state.members), counted_on=nodes)
+    return dataclasses.replace(state, counted_on=nodes)
 
 
 def mask(state: NodeState, vector: Integers) -> tuple[NodeState, Masked]:

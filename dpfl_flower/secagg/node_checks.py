@@ -48,12 +48,13 @@ def roster_members(
     )
 
 
-def check_cohort(rules: NodeRules, members: Collection[int]) -> None:
-    """Refuse fewer nodes than ``min_cohort``, this one included."""
-    if 1 + len(members) < rules.min_cohort:
+def check_cohort(rules: NodeRules, members: Collection[int], *, counted_on: int = 0) -> None:
+    """Refuse fewer nodes than ``min_cohort``, or than are counted on, this one included."""
+    least = max(rules.min_cohort, counted_on)
+    if 1 + len(members) < least:
         raise Refused(
             Refusal.TOO_FEW_NODES,
-            f"{1 + len(members)} nodes with this one, min_cohort={rules.min_cohort} must be there",
+            f"{1 + len(members)} nodes with this one, min_cohort={least} must be there",
         )
 
 
@@ -71,7 +72,7 @@ def check_survivors(state: NodeState, survivors: tuple[int, ...], rules: NodeRul
             Refusal.TOO_FEW_NODES,
             f"{len(survivors)} peers survive, threshold={state.threshold} must be there",
         )
-    check_cohort(rules, those(survivors, state.members))
+    check_cohort(rules, those(survivors, state.members), counted_on=state.counted_on)
 
 
 def check_confirmed(

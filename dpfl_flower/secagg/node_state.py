@@ -97,6 +97,8 @@ class NodeState:
     shown, expected : tuple of Token
         With a roster: what the node shows to peers that it has masked with, and what these show.
     held : tuple of HeldShares
+    counted_on : int
+        How many vectors its own is made to be summed with, itself included; 0: any number.
     survivors : tuple of int
         The peers it signed as survivors.
     """
@@ -120,6 +122,7 @@ class NodeState:
     shown: tuple[Token, ...] = ()
     expected: tuple[Token, ...] = ()
     held: tuple[HeldShares, ...] = ()
+    counted_on: int = 0
     survivors: tuple[int, ...] = ()
 
     @cached_property

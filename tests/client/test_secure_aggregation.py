@@ -435,13 +435,8 @@ def files_of(keys, folder, *, stranger=None):
     return configs
 
 
-@pytest.mark.parametrize(
-    ("stranger", "min_survivors", "taken"), [(None, 4, True), (4, 3, True), (4, 4, False)]
-)
-def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certain(
-    tmp_path, stranger, min_survivors, taken
-):
-    """t neighbours hand out shares of a seed, and the server is any of them that is a stranger."""
+def noised_terms(min_survivors):
+    """What nodes of a sum with distributed noise are asked, one unit each."""
     plan = design(
         noise_multiplier=2.0,
         rounds=1,
@@ -456,11 +451,51 @@ def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certa
     asked = DistributedRequest(plan=plan, server_round=1, num_rounds=1, rotation_seed=b"public")
     terms = {**task(), records.DISTRIBUTED: asked.to_config()}
     del terms[records.UPDATE]
+    return terms
 
-    def noised(message, context):
-        total = ArrayRecord({records.SUM: Array(np.zeros(4, np.int64))})
-        return Message(RecordDict({records.INTEGER_SUM: total}), reply_to=message)
 
+def noised(message, context):
+    """Answer a sum that carries its share of the noise."""
+    total = ArrayRecord({records.SUM: Array(np.zeros(4, np.int64))})
+    return Message(RecordDict({records.INTEGER_SUM: total}), reply_to=message)
+
+
+@pytest.mark.parametrize(("counts_on", "answered"), [(3, True), (4, False)])
+@pytest.mark.parametrize("gone_at", ["share", "mask"])
+def test_fewer_vectors_than_a_plan_counts_on_are_not_unmasked_whatever_the_server_says(
+    gone_at, counts_on, answered
+):
+    """Three of four are enough for masks, and for the node's own minimum."""
+    terms, asked = noised_terms(counts_on), []
+
+    def train(message, context):
+        asked.append(context.node_id)
+        return noised(message, context)
+
+    nodes = Nodes(train)
+    exchange = nodes.go(gone_at, extra=terms)
+    replies = {
+        node: nodes.ask(node, nodes.content(exchange, exchange.requests[node], terms)).content
+        for node in (1, 2, 3)
+    }
+    exchange = exchange.receive(replies)
+    reply = nodes.ask(1, nodes.content(exchange, exchange.requests[1], terms))
+    if answered:
+        assert not reply.has_error()
+    else:
+        assert NodeErrorCode(reply.error.code) is NodeErrorCode.SECAGG_TOO_FEW_NODES
+        # Too few to begin with: nothing is computed, nothing charged.
+        assert asked == ([] if gone_at == "share" else [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("stranger", "min_survivors", "taken"), [(None, 4, True), (4, 3, True), (4, 4, False)]
+)
+def test_a_neighbour_that_is_not_on_the_roster_makes_no_share_of_the_noise_certain(
+    tmp_path, stranger, min_survivors, taken
+):
+    """t neighbours hand out shares of a seed, and the server is any of them that is a stranger."""
+    terms = noised_terms(min_survivors)
     nodes = Nodes(noised)
     keys = {n: Ed25519PrivateKey.generate() for n in NODES}
     for n, config in files_of(keys, tmp_path, stranger=stranger).items():

@@ -201,6 +201,15 @@ def test_one_node_may_drop_at_any_stage(stage):
     assert result.privacy.releases == 1
 
 
+def test_nodes_enforce_what_a_plan_counts_on_without_any_config_of_theirs():
+    every = {"secure_aggregation": SecAggPlus(min_cohort=4), "noise_multiplier": 0.01}
+    np.testing.assert_allclose(flat(run(strategy(**every), rounds=1)), 0.01, atol=0.001)
+    weak = [{"secagg-min-cohort": 2}] * 4  # what they would unmask of other sums
+    np.testing.assert_allclose(
+        flat(run(strategy(**every), rounds=1, node_configs=weak)), 0.01, atol=0.001
+    )
+
+
 def test_below_the_minimum_nothing_is_released_or_charged():
     with pytest.raises(AllClientsFailed):
         run(strategy(give_up_after=2), rounds=3, fault=silent(1, 2, stage=3))
@@ -223,9 +232,9 @@ def test_a_node_takes_part_on_its_own_terms_only():
     it = strategy(noise_multiplier=0.01)
     result = run(it, rounds=1, node_configs=demanding)
     np.testing.assert_allclose(flat(result), 0.01 * 3 / 4, atol=0.001)
-    weak = [{"secagg-min-cohort": 2}] * 4  # they would unmask sums of two: the plan says three
+    strict = [{"secagg-min-cohort": 5}] * 4
     with pytest.raises(AllClientsFailed):
-        run(strategy(give_up_after=1), rounds=1, node_configs=weak)
+        run(strategy(give_up_after=1), rounds=1, node_configs=strict)
 
 
 def test_an_app_that_says_what_its_units_are_takes_no_other_word_for_it():
