@@ -41,6 +41,7 @@ from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, ClipStyle, GradientEngine, LossFunction
 from dpfl_flower.client.per_sample.bookkeeping import BookKeepingClipper
+from dpfl_flower.client.per_sample.full_precision import full_precision
 from dpfl_flower.client.per_sample.stacked import StackedClipper, unstackable
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.record_set import RecordSet
@@ -278,7 +279,9 @@ class StackedDPSGD:
                 chosen = [of.chosen(config.sampling_rate, self._rng) for of in records]
                 # What a loss draws from torch must be foretold by nobody: see `DPSGDClient`.
                 seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"), self._device)
-                noisy = release.rows(sample.sums(chosen), clip_norm=config.clip_norm)
+                with full_precision(clipper.parameters[0][0]):
+                    sums = sample.sums(chosen)
+                noisy = release.rows(sums, clip_norm=config.clip_norm)
                 clipper.hand_out(noisy)
                 for optimizer in optimizers:
                     optimizer.step()

@@ -21,6 +21,8 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
+from dpfl_flower.client.per_sample.full_precision import full_precision
+
 LARGEST_INPUT: Final = 2.0**80
 _CHUNK: Final = 1 << 22  # numbers of float64 at once: 32 MiB
 
@@ -47,7 +49,7 @@ class Contribution(ABC):
 
     @abstractmethod
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
-        """Return the sum of each parameter's gradients, scaled by ``factors``.
+        """Return the sum of each parameter's gradients, scaled by ``factors``, in full precision.
 
         Parameters
         ----------
@@ -79,10 +81,11 @@ class Held(Contribution):
 
     def weighted_sums(self, factors: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """Return one matrix-vector product per parameter."""
-        return [
-            (factors.to(g.dtype) @ without(g, dropped)).view(p.shape)
-            for p, g in zip(self.parameters, self._gradients, strict=True)
-        ]
+        with full_precision(factors):
+            return [
+                (factors.to(g.dtype) @ without(g, dropped)).view(p.shape)
+                for p, g in zip(self.parameters, self._gradients, strict=True)
+            ]
 
     def held(self) -> list[Tensor]:
         """Return what is held."""
@@ -122,7 +125,8 @@ class Outer(Contribution):
         """Return one matrix product, and one sum for the bias."""
         gradients = without(self.gradients, dropped)
         scaled = gradients.t() * factors.to(gradients.dtype)
-        sums = [scaled @ without(self.inputs, dropped)]
+        with full_precision(scaled):
+            sums = [scaled @ without(self.inputs, dropped)]
         return sums if len(self.parameters) == 1 else [*sums, scaled.sum(1)]
 
     def held(self) -> list[Tensor]:
@@ -192,7 +196,8 @@ class Ghost(Contribution):
         gradients = without(self._gradients, dropped)
         scaled = (gradients * factors.to(gradients.dtype)[:, None, None]).flatten(0, 1)
         inputs = without(self._inputs, dropped).flatten(0, 1)
-        sums = [(scaled.t() @ inputs).view(self.parameters[0].shape)]
+        with full_precision(scaled):
+            sums = [(scaled.t() @ inputs).view(self.parameters[0].shape)]
         return sums if len(self.parameters) == 1 else [*sums, scaled.sum(0)]
 
     def held(self) -> list[Tensor]:

@@ -24,6 +24,7 @@ from dpfl_flower.client._opacus import GradSampleModule, GradSampleModuleFastGra
 from dpfl_flower.client.errors import ModelRefused
 from dpfl_flower.client.per_sample.clip import Clip
 from dpfl_flower.client.per_sample.clipper import Batch, LossFunction, PerExampleClipper, wide
+from dpfl_flower.client.per_sample.full_precision import full_precision
 from dpfl_flower.client.per_sample.ghost_limits import require_ghost_bound
 
 _LEFT_ON_MODULES: Final = ("activations", "max_batch_len", "ft_compute_sample_grad")
@@ -100,6 +101,9 @@ class HooksClipper(_OpacusClipper):
 class GhostClipper(_OpacusClipper):
     """Computes each record's gradient norm only, then the clipped sum in a second backward pass.
 
+    Both passes are in full float32, so that what the second one sums is what the first one saw but
+    for rounding in float32, which is in no bound.
+
     Raises
     ------
     ModelRefused
@@ -123,7 +127,8 @@ class GhostClipper(_OpacusClipper):
         require_ghost_bound(self.parameters, self.clip.style, autocast=self._autocast)
         while True:
             losses = self._losses(self._hooked, batch)
-            _backward(losses.sum(), retain_graph=True)
+            with full_precision(losses, products_only=False):
+                _backward(losses.sum(), retain_graph=True)
             squares = [self._squares(p, len(losses)) for p in self.parameters]
             scaling = self._scaling(list(zip(self.parameters, squares, strict=True)))
             self._forget()
@@ -135,7 +140,8 @@ class GhostClipper(_OpacusClipper):
                 return self.zeros()
         self._hooked.disable_hooks()
         try:
-            _backward((scaling.factors[0].to(losses.dtype) * losses).sum())
+            with full_precision(losses, products_only=False):
+                _backward((scaling.factors[0].to(losses.dtype) * losses).sum())
         finally:
             self._hooked.enable_hooks()
         return [

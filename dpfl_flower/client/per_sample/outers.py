@@ -23,6 +23,7 @@ from dpfl_flower.client.per_sample.contributions import (
     Outer,
     without,
 )
+from dpfl_flower.client.per_sample.full_precision import full_precision
 
 __all__ = ["Outer", "Outers", "merged", "nn", "torch"]
 
@@ -68,12 +69,13 @@ class Outers(Contribution):
         scaled = gradients.t() * factors.to(joined.dtype)
         of_biases = torch.split(scaled.sum(1), self._widths)
         sums = []
-        for part, rows, bias in zip(
-            self._parts, torch.split(scaled, self._widths), of_biases, strict=True
-        ):
-            sums.append(rows @ without(part.inputs, dropped))
-            if len(part.parameters) > 1:
-                sums.append(bias)
+        with full_precision(scaled):
+            for part, rows, bias in zip(
+                self._parts, torch.split(scaled, self._widths), of_biases, strict=True
+            ):
+                sums.append(rows @ without(part.inputs, dropped))
+                if len(part.parameters) > 1:
+                    sums.append(bias)
         return sums
 
     def held(self) -> list[Tensor]:
