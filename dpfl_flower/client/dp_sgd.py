@@ -223,15 +223,16 @@ class DPSGDClient(NumPyClient):
         if self._clipper is None:
             public = self._example is not None
             example = self._example if public else self._records.first()
-            self._clipper = choose_engine(
-                self._model,
-                self._loss_fn,
-                self._engine,
-                example,
-                public=public,
-                style=self._config.clip_style,
-                autocast=self._config.mixed_precision,
-            )
+            with torch.autocast(self._device.type, enabled=False):
+                self._clipper = choose_engine(
+                    self._model,
+                    self._loss_fn,
+                    self._engine,
+                    example,
+                    public=public,
+                    style=self._config.clip_style,
+                    autocast=self._config.mixed_precision,
+                )
         return self._clipper
 
     def _train(self, kind: type[PerExampleClipper], noise_multiplier: float) -> None:
@@ -249,6 +250,7 @@ class DPSGDClient(NumPyClient):
         self._model.train()
         with (
             forked_seeds(self._device),
+            torch.autocast(self._device.type, enabled=False),  # an app's own would round the sums
             kind(
                 self._model,
                 self._loss_fn,

@@ -274,7 +274,8 @@ class StackedDPSGD:
             source=config.noise_source,
         )
         optimizers = merged(self._optimizer, clipper.parameters)
-        with forked_seeds(self._device):
+        # An app's own autocast would round the sums.
+        with forked_seeds(self._device), torch.autocast(self._device.type, enabled=False):
             for _ in range(config.steps_per_round):
                 chosen = [of.chosen(config.sampling_rate, self._rng) for of in records]
                 # What a loss draws from torch must be foretold by nobody: see `DPSGDClient`.

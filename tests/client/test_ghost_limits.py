@@ -22,7 +22,7 @@ def mlp():
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def refused_client(ledger, *, model=None, **changes):
+def client_for(ledger, *, model=None, engine=GradientEngine.GHOST, **changes):
     settings = {
         "sampling_rate": 1.0,
         "steps_per_round": 1,
@@ -34,14 +34,15 @@ def refused_client(ledger, *, model=None, **changes):
     }
     model = mlp() if model is None else model
     dtype = next(model.parameters()).dtype
+    records = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
     return DPSGDClient(
         model,
-        TensorDataset(torch.randn(20, 5).to(dtype), torch.randint(3, (20,))),
+        TensorDataset(records.to(dtype), torch.arange(20) % 3),
         config=DPSGDConfig(**{**settings, **changes}),
         loss_fn=CROSS_ENTROPY,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
         ledger=ledger,
-        engine=GradientEngine.GHOST,
+        engine=engine,
         example=[EXAMPLE[0].to(dtype), EXAMPLE[1]],
         device="cpu",
     )
@@ -61,7 +62,7 @@ def test_what_ghost_clipping_cannot_bound_is_refused_before_anything_is_charged(
 ):
     ledger = NodeLedger("heart", path=tmp_path / "ledger.jsonl")
     with pytest.raises(ModelRefused, match=rf"engine='ghost'.*{named}.*bookkeeping"):
-        client = refused_client(ledger, model=mlp().to(dtype), **changes)
+        client = client_for(ledger, model=mlp().to(dtype), **changes)
         client.fit(client.get_parameters({}), {})
     assert not (tmp_path / "ledger.jsonl").exists()
 
@@ -124,3 +125,18 @@ def test_no_record_adds_more_than_the_clip_norm_in_any_precision(engine, precisi
         for i in range(len(x)):
             total = clipper.clipped_sum([x[i : i + 1], y[i : i + 1]])
             assert math.sqrt(sum(float(t.double().square().sum()) for t in total)) <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("engine", [GradientEngine.GHOST, *EXACT])
+def test_an_autocast_around_the_round_rounds_nothing_that_is_summed(engine):
+    """The app's own autocast is not the config's: it would round products of scaled gradients."""
+    moved = []
+    for surrounded in (False, True):
+        client = client_for(
+            NodeLedger("heart"), engine=engine, noise_multiplier=0.0, expected_batch_size=1.0
+        )
+        before = client.get_parameters({})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=surrounded):
+            after, _, _ = client.fit(before, {})
+        moved.append([b - a for a, b in zip(before, after, strict=True)])
+    assert all((a == b).all() for a, b in zip(*moved, strict=True))
