@@ -9,11 +9,12 @@
 >>> norms = ClipNorms(config, NodeLedger("demo"), noise_multiplier=1.0, rng=SeededRandom(1))
 >>> round(norms.noise_multiplier, 6)  # charged as 1.0: the rest pays for the count
 1.005038
->>> norms.update(torch.tensor(50.0))  # all hundred fit: the clip norm falls
+>>> norms.update(lambda: torch.tensor(50.0))  # all hundred fit: the clip norm falls
 >>> norms.current < 1.0
 True
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -78,17 +79,20 @@ class ClipNorms:
             astray += sum_grid(self._count.noise_multiplier, 1).total_variation
         return astray
 
-    def update(self, fitting: Tensor) -> None:
+    def update(self, fitting: Callable[[], Tensor]) -> None:
         """Release the noisy count of a step and choose the next clip norm.
+
+        The host waits for the count, on an accelerator too: the next clip norm is kept in the
+        run's state. Where the clip norm stays, nothing is asked for.
 
         Parameters
         ----------
-        fitting : Tensor
-            The sum over the step's records of +1/2 or -1/2; see `SampleSum`.
+        fitting : Callable[[], Tensor]
+            Returns the sum over the step's records of +1/2 or -1/2: `SampleSum.fitting`.
         """
         if self._policy is None or self._count is None:
             return
-        (noisy,) = self._count([fitting.reshape(1)], clip_norm=_HALF)
+        (noisy,) = self._count([fitting().reshape(1)], clip_norm=_HALF)
         self.current = self._policy.updated(self.current, float(noisy) + 0.5)
         self._ledger.state[self._key] = ConfigRecord(
             {"run": self._ledger.run, "clip-norm": repr(self.current)}

@@ -6,7 +6,7 @@
 ...     sample = SampleSum(clipper, lambda indices: data[indices[0]])
 ...     sample.add([0])
 ...     sample.add([1])  # five features where the model takes two: as if it were absent
->>> round(float(torch.cat([t.flatten() for t in sample.total]).norm()), 6), float(sample.fitting)
+>>> round(float(torch.cat([t.flatten() for t in sample.total]).norm()), 6), float(sample.fitting())
 (0.001, -0.5)
 """
 
@@ -14,7 +14,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower.client.errors import NODE_LOGGER
 from dpfl_flower.client.per_example import Batch, PerExampleClipper, per_example_clipper
@@ -36,22 +37,21 @@ class SampleSum:
         Within its ``with`` block.
     gather : Callable[[Sequence[int]], Batch]
         Returns the records of these indices, on the model's device.
-
-    Attributes
-    ----------
-    total : list of Tensor
-        One per parameter, float64: only the records of one physical batch are added in less.
-    fitting : Tensor
-        The sum over records of +1/2 for one whose gradient was within the clip norm, -1/2 for one
-        that was not, 0 for one that counts as zeros.
     """
 
     def __init__(
         self, clipper: PerExampleClipper, gather: Callable[[Sequence[int]], Batch]
     ) -> None:
         self._clipper, self._gather = clipper, gather
-        self.fitting = torch.zeros((), dtype=torch.float64)
-        self.total = [zeros.double() for zeros in clipper.zeros()]
+        self._total: list[Tensor] | None = None
+        self._norms: list[tuple[Tensor, float]] = []
+
+    @property
+    def total(self) -> list[Tensor]:
+        """One sum per parameter, float64: only the records of one physical batch add up in less."""
+        if self._total is None:
+            self._total = [zeros.double() for zeros in self._clipper.zeros()]
+        return self._total
 
     def add(self, indices: Sequence[int]) -> None:
         """Add the records of ``indices``."""
@@ -65,7 +65,28 @@ class SampleSum:
             for index in indices:
                 self.add([index])
             return
-        torch._foreach_add_(self.total, part)
+        if self._total is None:
+            self._total = _widened(part)
+        else:
+            torch._foreach_add_(self._total, part)
         if (norms := self._clipper.norms) is not None:
-            fits = (norms <= self._clipper.clip.norm).double() - 0.5
-            self.fitting = self.fitting.to(fits.device) + fits.masked_fill_(norms.isnan(), 0).sum()
+            self._norms.append((norms, self._clipper.clip.norm))
+
+    def fitting(self) -> Tensor:
+        """Return the sum over records of +1/2 for one whose gradient was within the clip norm.
+
+        -1/2 for one that was not, 0 for one that counts as zeros; float64, on the norms' device.
+        Only asked for where the clip norm follows it: it takes a small model's step a while.
+        """
+        total = torch.zeros((), dtype=torch.float64)  # on a host: a number to any device
+        for norms, clip_norm in self._norms:
+            fits = (norms <= clip_norm).double() - 0.5
+            total = fits.masked_fill_(norms.isnan(), 0).sum() + total
+        return total
+
+
+def _widened(part: Sequence[Tensor]) -> list[Tensor]:
+    # One conversion for all parameters, and never the clipper's own memory.
+    flat: Tensor = _flatten_dense_tensors(list(part))  # type: ignore[no-untyped-call]
+    flat = flat.to(torch.float64, copy=True)
+    return list(_unflatten_dense_tensors(flat, part))  # type: ignore[no-untyped-call]

@@ -108,7 +108,7 @@ def test_the_count_has_the_noise_that_was_paid_for():
             noise_multiplier=1.0,
             rng=secure(),
         )
-        norms.update(torch.tensor(25.0, dtype=torch.float64))
+        norms.update(lambda: torch.tensor(25.0, dtype=torch.float64))
         fractions.append(0.5 - math.log(norms.current))
     noise = np.asarray(fractions) - 0.75
     # 5.5 standard errors: a false alarm in 2e7; a scale 20 % off is beyond that by 12 more.
@@ -130,8 +130,15 @@ def test_a_record_moves_the_count_by_a_half_and_a_broken_one_by_nothing():
             for indices in ([], [0], [1], [2], [3], [0, 1, 2, 3], [0, 0, 1]):
                 sample = SampleSum(clipper, records)
                 sample.add(indices)
-                counts.append(float(sample.fitting))
+                counts.append(float(sample.fitting()))
         assert counts == [0.0, 0.5, -0.5, 0.0, 0.0, 0.0, 0.5], engine
+
+
+def test_a_clip_norm_that_stays_asks_for_no_count():
+    config = configured(adaptive_clipping=None)
+    norms = ClipNorms(config, NodeLedger("test"), noise_multiplier=1.0, rng=secure())
+    norms.update(lambda: pytest.fail("it would be added up in every step, for nothing"))
+    assert norms.current == 1.0
 
 
 def test_the_noisy_mean_is_divided_by_the_public_number_and_lies_on_the_grid():

@@ -53,5 +53,5 @@ def test_the_indicators_are_summed_exactly_too(n):
     sample = SampleSum(Norms(), lambda indices: 0.0)
     for _ in range(n):
         sample.add([0])
-    assert sample.fitting.dtype is torch.float64
-    assert float(sample.fitting) == 0.0
+    assert sample.fitting().dtype is torch.float64
+    assert float(sample.fitting()) == 0.0
