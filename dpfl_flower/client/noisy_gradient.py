@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower import checks
+from dpfl_flower.client.device_copy import on_device
 from dpfl_flower.client.device_noise import draw_on_device
 from dpfl_flower.client.noise_source import NoiseSource, require_noise_source
 from dpfl_flower.client.sum_grid import SumGrid
@@ -125,19 +126,17 @@ class NoisyGradient:
             self._drawn = self._draw(grid, n, max(1, min(self._steps, _AT_ONCE // n)))
         dither, noise = self._drawn.pop()
         self._steps = max(1, self._steps - 1)
-        if device.type == "cuda":
-            dither = dither.pin_memory().to(device, non_blocking=True)
-            noise = noise.pin_memory().to(device, non_blocking=True)
-        return dither, noise
+        return on_device(dither, device), on_device(noise, device)
 
     def _draw(self, grid: SumGrid, each: int, steps: int) -> list[tuple[Tensor, Tensor]]:
         n = steps * each
-        # Odd multiples of 2^-33 in (0, 1): symmetric about 1/2.
+        # Odd multiples of 2^-33 in (0, 1): symmetric about 1/2. In place: what is new costs most.
         words = np.frombuffer(self._rng.random_bytes(4 * n), np.uint32)
-        dither = torch.from_numpy((words.astype(np.float64) + 0.5) * _DITHER_STEP)
+        dither = np.multiply(words, _DITHER_STEP, dtype=np.float64)
+        dither += _DITHER_STEP / 2
         # Integers below 2^53, so exact; adding up two dtypes would take twice as long.
         noise = torch.from_numpy(grid.noise.sample(n, self._rng)).double()
-        parts = (torch.split(dither, each), torch.split(noise, each))
+        parts = (torch.split(torch.from_numpy(dither), each), torch.split(noise, each))
         return list(zip(*parts, strict=True))
 
 

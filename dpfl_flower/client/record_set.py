@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from dpfl_flower.client.device_copy import on_device
 from dpfl_flower.rng import RandomSource, secure
 
 __all__ = ["RecordSet", "TensorDataset", "secure", "torch"]
@@ -51,8 +52,19 @@ class RecordSet:
         return found
 
     def gather(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return inputs and targets of these records; what reading one raises is let through."""
-        return [tensor.to(self._device) for tensor in self._gathered(indices)]
+        """Return inputs and targets of these records on the device, without waiting for it.
+
+        What reading a record raises is let through.
+        """
+        return [on_device(tensor, self._device) for tensor in self.read(indices)]
+
+    def read(self, indices: Sequence[int]) -> Sequence[Tensor]:
+        """Return what `gather` does where the data set keeps it: on the host, or on a device."""
+        if isinstance(self._dataset, TensorDataset):
+            rows = torch.tensor(indices, dtype=torch.long)
+            return [tensor[on_device(rows, tensor.device)] for tensor in self._dataset.tensors]
+        items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
+        return items
 
     def first(self) -> list[Tensor] | None:
         """Return the first record that can be read, None if there is none."""
@@ -60,9 +72,3 @@ class RecordSet:
             with contextlib.suppress(Exception):  # logged when it is trained on
                 return self.gather([index])
         return None
-
-    def _gathered(self, indices: Sequence[int]) -> Sequence[Tensor]:
-        if isinstance(self._dataset, TensorDataset):
-            return [tensor[indices] for tensor in self._dataset.tensors]
-        items: Sequence[Tensor] = default_collate([self._dataset[i] for i in indices])
-        return items

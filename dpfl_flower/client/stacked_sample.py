@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dpfl_flower.client.device_copy import on_device
 from dpfl_flower.client.errors import NODE_LOGGER
 from dpfl_flower.client.per_sample.stacked import Clip, StackedClipper
 from dpfl_flower.client.record_set import RecordSet, TensorDataset
@@ -114,22 +115,30 @@ class StackedSample:
         return total
 
     def _run(self, gathered: Sequence[Sequence[Tensor] | None]) -> Tensor:
-        shape = (len(gathered), self._width)
-        batch = [part.new_zeros((*shape, *part.shape)) for part in self._example]
         sizes = [0 if one is None else len(one[-1]) for one in gathered]
-        for index, one in enumerate(gathered):
-            for into, part in zip(batch, one or (), strict=one is not None):
-                into[index, : sizes[index]] = part
-        places = torch.arange(self._width, device=batch[-1].device)
-        counted = places < torch.tensor(sizes, device=places.device).unsqueeze(1)
-        return self._clipper.clipped_sums(batch, counted)
+        batch = [
+            self._padded([None if one is None else one[place] for one in gathered], like)
+            for place, like in enumerate(self._example)
+        ]
+        counted = torch.arange(self._width) < torch.tensor(sizes).unsqueeze(1)
+        return self._clipper.clipped_sums(batch, on_device(counted, batch[-1].device))
+
+    def _padded(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        # Records of the host are laid side by side there, and go to the device in one copy.
+        lie = {part.device.type for part in parts if part is not None}
+        where = torch.device("cpu") if lie == {"cpu"} else like.device
+        padded = like.new_zeros((len(parts), self._width, *like.shape), device=where)
+        for row, part in zip(padded, parts, strict=True):
+            if part is not None:
+                row[: len(part)] = on_device(part, where)
+        return on_device(padded, like.device)
 
     def _gathered(self, records: RecordSet, indices: Sequence[int]) -> list[Tensor] | None:
         # The records that can be read and have the example's shape; None if there are none.
         if not indices:
             return None
         try:
-            return self._fitting(records.gather(indices))
+            return self._fitting(records.read(indices))
         except Exception as error:
             if len(indices) == 1:
                 logger.warning("A record counts as zeros: it cannot be read", exc_info=error)
@@ -139,7 +148,7 @@ class StackedSample:
             return None
         return [torch.cat(parts) for parts in zip(*kept, strict=True)]
 
-    def _fitting(self, gathered: list[Tensor]) -> list[Tensor]:
+    def _fitting(self, gathered: Sequence[Tensor]) -> list[Tensor]:
         for part, like in zip(gathered, self._example, strict=True):
             if part.shape[1:] != like.shape or (
                 part.is_floating_point() != like.is_floating_point()
@@ -148,4 +157,4 @@ class StackedSample:
                     f"a record has {part.dtype} of shape {tuple(part.shape[1:])} where the example "
                     f"has {like.dtype} of shape {tuple(like.shape)}"
                 )
-        return gathered
+        return list(gathered)
