@@ -783,4 +783,5 @@ def test_it_trains_on_cuda_by_default_and_to_the_same_result(engine):
         )
         moves.append(np.concatenate([m.ravel() for m in one_round(client)]))
         assert next(model.parameters()).is_cuda == (device is None)
-    np.testing.assert_allclose(moves[0], moves[1], rtol=1e-4, atol=1e-6)
+    # A sum that rounds to the next cell of the grid moves by 3e-6: once in each of three steps.
+    np.testing.assert_allclose(moves[0], moves[1], rtol=1e-4, atol=1e-5)

@@ -388,11 +388,20 @@ def test_bad_arguments():
         per_example_clipper(nn.Linear(1, 1), CROSS_ENTROPY, clip_norm=1, engine="quantum")
 
 
+@pytest.fixture
+def without_tf32():
+    """Let convolutions on CUDA keep float32's 24 bits: by default cuDNN takes 11 of them."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", list(MODELS))
-def test_the_sum_is_the_same_on_cuda(name, engine):
+def test_the_sum_is_the_same_on_cuda(name, engine, without_tf32):
+    if name == "custom" and engine == "bookkeeping":
+        pytest.skip("no rule for a layer of one's own: refused above")
     model, batch = MODELS[name][0](), batch_of(name, 7)
     expected = reference(model, batch)
     actual = clipped_sum(model.cuda(), [t.cuda() for t in batch], engine=engine)
