@@ -1,7 +1,7 @@
 """The medical app over several splits: ``python -m benchmarks.medical``.
 
 The bar: pooled AUC of at least 0.84, the mean of 5 seeds, at epsilon 1 and delta 1e-4 in each
-hospital. The app's own client and server code run in this process instead of through ``flwr run``;
+hospital; 0.85 with ``--trust distributed``, where each adds a share of the noise. The app's own client and server code run in this process instead of through ``flwr run``;
 each seed holds out other patients and draws fresh noise.
 """
 
@@ -20,14 +20,14 @@ from apps.medical.medical.settings import Settings
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_flower.simulation import InProcessGrid
 
-BAR = 0.84
+BARS = {"local": 0.84, "distributed": 0.85}
 PYPROJECT = Path(__file__).parents[1] / "apps" / "medical" / "pyproject.toml"
 
 
-def run(split_seed: int, run_dir: Path) -> Report:
+def run(split_seed: int, run_dir: Path, *, trust: str) -> Report:
     """Train once, as the app is configured, and return its report."""
     config = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
-    config |= {"run-dir": str(run_dir), "split-seed": split_seed}
+    config |= {"run-dir": str(run_dir), "split-seed": split_seed, "trust": trust}
     settings = Settings.parse(config)
     grid = InProcessGrid(app, num_supernodes=settings.num_hospitals, run_config=config)
     with grid:
@@ -65,10 +65,12 @@ def main() -> None:
     """Print the table and the mean."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.medical", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="split seeds 1 to this")
-    seeds = range(1, parser.parse_args().seeds + 1)
+    parser.add_argument("--trust", choices=list(BARS), default="local", help="who adds the noise")
+    arguments = parser.parse_args()
+    seeds, bar = range(1, arguments.seeds + 1), BARS[arguments.trust]
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        reports = [run(seed, Path(folder) / str(seed)) for seed in seeds]
+        reports = [run(seed, Path(folder) / str(seed), trust=arguments.trust) for seed in seeds]
     first = reports[0]
     print(
         f"AUC on held-out patients (NOT PRIVATE); unit: one patient, {first.relation}, "
@@ -78,7 +80,7 @@ def main() -> None:
     mean = statistics.fmean(
         report.not_private_auc for report in reports if report.not_private_auc is not None
     )
-    print(f"\npooled AUC {mean:.4f} bar {BAR}")
+    print(f"\npooled AUC {mean:.4f} bar {bar}")
 
 
 def _aucs(report: Report) -> list[float | None]:

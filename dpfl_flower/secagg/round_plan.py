@@ -22,6 +22,31 @@ from dpfl_flower.secagg.session import Session
 __all__ = ["RoundPlan", "SecureSum"]
 
 
+def is_count(threshold: float) -> bool:
+    """Return whether a threshold is a number of neighbours, not a share of them."""
+    return isinstance(threshold, int) and not isinstance(threshold, bool) and threshold > 1
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless a threshold is a share above one half, or a number of neighbours.
+
+    >>> check_threshold(4)
+    >>> check_threshold(0.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: threshold=0.5 must be > 0.5: half of the neighbours could otherwise put a node's \
+seed together, and the other half its mask key
+    """
+    if is_count(threshold):
+        return
+    checks.fraction(threshold=threshold)
+    if not threshold > 0.5:
+        raise ValueError(
+            f"threshold={threshold!r} must be > 0.5: half of the neighbours could otherwise put a "
+            "node's seed together, and the other half its mask key"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan:
     """The public constants of a round.
@@ -35,9 +60,10 @@ class RoundPlan:
         Vectors of ``width`` entries are summed mod 2^bits.
     lanes : int
         Entries that are packed together under a mask; see `encoding_of`.
-    threshold : float
-        The share of a node's k neighbours that can put its secrets together: ``t`` is
-        ``ceil(threshold * k)``, and at least what ``2 t > k + colluders`` needs.
+    threshold : float or int
+        How many of a node's k neighbours can put its secrets together: a share of them, ``t`` being
+        ``ceil(threshold * k)``, or t itself, an integer of 2 or more; and at least what
+        ``2 t > k + colluders`` needs.
     neighbours : int or None
         k, even; None: everyone.
     min_cohort : int
@@ -57,7 +83,7 @@ class RoundPlan:
     nodes: tuple[int, ...]
     width: int
     bits: int
-    threshold: float = 2 / 3
+    threshold: float | int = 2 / 3
     neighbours: int | None = None
     min_cohort: int = 3
     colluders: int = 0
@@ -68,7 +94,7 @@ class RoundPlan:
 
     def __post_init__(self) -> None:
         checks.positive_int(width=self.width, min_cohort=self.min_cohort)
-        checks.fraction(threshold=self.threshold)
+        check_threshold(self.threshold)
         checks.non_negative_int(colluders=self.colluders)
         checks.positive(seconds=self.seconds)
         if self.neighbours is not None:
@@ -95,7 +121,13 @@ class RoundPlan:
             If no t <= count fulfils ``2 t > count + colluders``.
         """
         least = (count + self.colluders) // 2 + 1
-        threshold = max(math.ceil(self.threshold * count - 1e-9), least)
+        asked = self.threshold
+        shares = asked if is_count(asked) else math.ceil(asked * count - 1e-9)
+        threshold = max(int(shares), least)
+        if least <= count < threshold:
+            raise RoundAbandoned(
+                f"{count} neighbours have {count} shares, threshold={asked} are needed"
+            )
         if threshold > count:
             raise RoundAbandoned(
                 f"{count} neighbours cannot outvote colluders={self.colluders}: "

@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from dpfl_flower import checks
 from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
 from dpfl_flower.secagg.messages import Reply, Stage
-from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum
+from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum, check_threshold, is_count
 from dpfl_flower.secagg.server import (
     Acknowledging,
     Advertising,
@@ -51,9 +51,10 @@ class SecAggPlus(SecureAggregation):
 
     Parameters
     ----------
-    threshold : float
-        The share of a node's k neighbours that must stay to the end, above 1/2 and at most 1:
-        t = ceil(threshold k). Raised where ``2 t > k + colluders`` needs it.
+    threshold : float or int
+        How many of a node's k neighbours must stay to the end: a share of them, above 1/2 and at
+        most 1, t = ceil(threshold k); or t itself, an integer of 2 or more, without which a round
+        is abandoned. Raised where ``2 t > k + colluders`` needs it.
     neighbours : int or None
         k, even; None (the default): all other nodes. Costs grow with k; about 2 log2 of the cohort
         plus what dropouts and colluders take is enough (Bell et al., section 3.2).
@@ -73,7 +74,7 @@ class SecAggPlus(SecureAggregation):
         Naming the argument, its value and the bound.
     """
 
-    threshold: float = 2 / 3
+    threshold: float | int = 2 / 3
     neighbours: int | None = None
     min_cohort: int = 3
     max_cohort: int | None = None
@@ -81,12 +82,7 @@ class SecAggPlus(SecureAggregation):
     rosters: bool = False
 
     def __post_init__(self) -> None:
-        checks.fraction(threshold=self.threshold)
-        if not self.threshold > 0.5:
-            raise ValueError(
-                f"threshold={self.threshold!r} must be > 0.5: half of the neighbours could "
-                "otherwise put a node's seed together, and the other half its mask key"
-            )
+        check_threshold(self.threshold)
         checks.positive_int(min_cohort=self.min_cohort)
         if self.min_cohort < 2:
             raise ValueError(f"min_cohort={self.min_cohort!r} must be >= 2: a sum of one is no sum")
@@ -97,6 +93,10 @@ class SecAggPlus(SecureAggregation):
                 raise ValueError(
                     f"neighbours={self.neighbours!r} must be even: half stand before a node, half "
                     "after it"
+                )
+            if is_count(self.threshold) and self.threshold > self.neighbours:
+                raise ValueError(
+                    f"threshold={self.threshold!r} must be <= neighbours={self.neighbours!r}"
                 )
             if self.colluders >= self.neighbours:
                 raise ValueError(
@@ -117,6 +117,11 @@ class SecAggPlus(SecureAggregation):
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""
         least = max(self.min_cohort, self.colluders + 2)
+        if is_count(self.threshold) and population <= self.threshold:
+            raise ValueError(
+                f"threshold={self.threshold!r} must be < population={population!r}: a node has no "
+                "more neighbours"
+            )
         if population < least:
             raise ValueError(
                 f"min_cohort={self.min_cohort!r} with colluders={self.colluders!r} needs at least "

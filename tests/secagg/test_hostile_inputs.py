@@ -5,20 +5,29 @@
 
 import functools
 import random
+import secrets
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfl_flower import records
-from dpfl_flower.secagg import Refused, RoundAbandoned, SecureSum
+from dpfl_flower.accounting import EveryoneSampling
+from dpfl_flower.client import secure_aggregation_mod
+from dpfl_flower.clipping import FixedClipping
+from dpfl_flower.secagg import Refused, RoundAbandoned, SecAggPlus, SecureSum
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.secagg_plus import _Exchange
 from dpfl_flower.secagg.server import Advertising
 from dpfl_flower.secagg.wire import decode_request, encode
+from dpfl_flower.simulation import InProcessGrid
+from dpfl_strategies import DPFedAvg
+from tests.support import secure_run
 from tests.support.contracts.strategy import quiet
+from tests.support.corrupted import change, changed
 from tests.support.secagg import Cast, plain_sum, plan, vectors, with_rosters
 
 NODES = (1, 2, 3, 4)
@@ -32,58 +41,6 @@ CASES = {
 assert sum(map(sum, CASES.values())) == 10_000
 PARTS = vectors(NODES, width=2)
 BATCH = 20
-INTEGERS = (-1, 0, 1, 2, 3, 4, 5, 2**31, 2**63, 2**64 - 1)
-BLOBS = (b"", bytes(8), bytes(32), bytes(33), b"\xff" * 33, bytes(64), bytes(94))
-
-
-def integer(chance):
-    return chance.choice((*INTEGERS, chance.randint(-(2**63), 2**64 - 1)))
-
-
-def blob(chance):
-    return chance.choice((*BLOBS, chance.randbytes(chance.randint(0, 100))))
-
-
-def value(chance):
-    """Anything that a ConfigRecord can hold."""
-    number = chance.choice((0.0, -1.5, float("nan"), float("inf")))
-    some = range(chance.randint(0, 5))
-    return chance.choice(
-        (
-            integer(chance),
-            blob(chance),
-            number,
-            chance.random() < 0.5,
-            chance.choice(("", "a", "3")),
-            [integer(chance) for _ in some],
-            [blob(chance) for _ in some],
-            [number for _ in some],
-        )
-    )
-
-
-def array(chance):
-    """Anything that can stand in an ArrayRecord, readable or not."""
-    if chance.random() < 0.6:
-        shape = [chance.randint(0, 12) for _ in range(chance.randint(0, 3))]
-        return Array(np.ones(shape, chance.choice(("u1", "i1", "i8", "f8", "U3", "?"))))
-    start = chance.choice((b"", b"\x93NUMPY\x01\x00v\x00"))
-    data = start + chance.randbytes(chance.randint(0, 80))
-    stype = chance.choice(("numpy.ndarray", "pickle", ""))
-    return Array(dtype="uint8", shape=(8,), stype=stype, data=data)
-
-
-def change(chance):
-    """A change to a message: which field, and what becomes of it."""
-    how = chance.choice(
-        (
-            *("set",) * 5,
-            *("flip",) * 4,
-            *("shorten", "repeat", "reverse", "empty", "drop", "add", "array", "strip"),
-        )
-    )
-    makers = {"set": value, "add": value, "array": array, "flip": lambda c: c.randint(0, 2000)}
-    return chance.randint(0, 20), how, makers.get(how, lambda c: None)(chance)
 
 
 def batches(cases):
@@ -91,50 +48,6 @@ def batches(cases):
     return lambda test: settings(database=None, deadline=None, max_examples=cases // BATCH)(
         given(st.integers(0, 2**64), st.booleans())(test)
     )
-
-
-def changed(content, change):
-    """Return a copy of a message's records with the change made to it."""
-    which, how, value = change
-    content = RecordDict(dict(content))
-    record = content[records.SECAGG] = ConfigRecord(dict(content.config_records[records.SECAGG]))
-    name = sorted(record)[which % len(record)]
-    if how == "strip":
-        del content[sorted(content)[which % len(content)]]
-    elif how == "array":
-        content[records.MASKED] = ArrayRecord({records.SUM: value})
-    elif how == "add":
-        record["unknown"] = value
-    elif how == "drop":
-        del record[name]
-    elif how == "set":
-        record[name] = value
-    else:
-        record[name] = edited(record[name], how, value)
-    return content
-
-
-def edited(field, how, value):
-    if isinstance(field, list) and field:
-        if how == "flip":
-            i = value % len(field)
-            return [*field[:i], edited(field[i], how, value), *field[i + 1 :]]
-        return {
-            "shorten": field[1:],
-            "repeat": [*field, field[0]],
-            "reverse": field[::-1],
-            "empty": [],
-        }[how]
-    if isinstance(field, bytes):
-        if not field:
-            return b"\0"
-        i = value % len(field) if how == "flip" else 0
-        return {"shorten": field[1:], "repeat": field * 2, "reverse": field[::-1]}.get(
-            how, field[:i] + bytes([field[i] ^ (1 + i % 255)]) + field[i + 1 :]
-        )
-    if isinstance(field, int) and not isinstance(field, bool):
-        return field ^ 1
-    return 7.5
 
 
 @functools.cache
@@ -240,3 +153,36 @@ def test_a_record_is_refused_by_the_name_of_its_field():
             decode_request(RecordDict({records.SECAGG: left}))
     with pytest.raises(ValueError, match="must be there"):
         decode_request(RecordDict())
+
+
+@pytest.mark.parametrize("stage", [s for s in Stage if s is not Stage.ACKNOWLEDGE])
+def test_no_reply_that_a_node_makes_up_ends_a_run(stage):
+    """Through mod, Grid and strategy; the good nodes' rounds go on."""
+    rounds, chance = 25, random.Random(secrets.randbits(64))
+    made_up = []
+
+    def lying(message, context, call_next):
+        asked = message.content[records.SECAGG]["stage"]
+        reply = call_next(message, context)
+        if context.node_config["partition-id"] == 0 and asked == int(stage) and reply.has_content():
+            made_up.append(change(chance))
+            reply.content = changed(reply.content, made_up[-1])
+        return reply
+
+    app = ClientApp()
+    app.train(mods=[lying, secure_aggregation_mod])(secure_run.train)
+    strategy = DPFedAvg(
+        noise_multiplier=0.5,
+        relation="zero-out",
+        sampling=EveryoneSampling(5),
+        clipping=FixedClipping(0.5),
+        secure_aggregation=SecAggPlus(threshold=0.51),
+        give_up_after=None,
+        wait_seconds=0.0,
+    )
+    with quiet(), InProcessGrid(app, num_supernodes=5) as grid:
+        start = ArrayRecord({"w": Array(np.zeros(secure_run.WIDTH, np.float32))})
+        result = strategy.start(grid, start, num_rounds=rounds)
+    assert result.rounds == rounds == len(made_up), made_up
+    assert 0 < result.privacy.releases <= rounds, made_up
+    assert np.isfinite(result.arrays["w"].numpy()).all()

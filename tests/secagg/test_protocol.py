@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfl_flower.secagg import RoundAbandoned, SecureSum
+from dpfl_flower.secagg.keys import PUBLIC_KEY_BYTES
+from dpfl_flower.secagg.lanes import encoding_without_wrap
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.node_state import NodeRules, NodeState
+from dpfl_flower.secagg.sealing import OVERHEAD_BYTES
 from dpfl_flower.secagg.server import Advertising
+from dpfl_flower.secagg.shamir import SHARE_BYTES
 from dpfl_flower.secagg.wire import (
     decode_reply,
     decode_request,
@@ -23,6 +27,7 @@ from dpfl_flower.secagg.wire import (
     to_config,
 )
 from tests.support.dropouts import EVERY_WAY, STAGES, survives
+from tests.support.node import all_bytes
 from tests.support.secagg import Cast, plain_sum, plan, vectors, with_rosters
 
 SIX = (11, 22, 33, 44, 55, 2**63 + 66)
@@ -268,3 +273,49 @@ def test_what_a_survivor_adds_a_dropped_peer_is_subtracted():
 def test_a_state_that_is_damaged_is_an_error(damaged):
     with pytest.raises(ValueError):
         from_bytes(NodeState, damaged)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "neighbours", "expected"),
+    [
+        *((2 / 3, 6, 4), (2 / 3, 5, 4), (0.51, 6, 4), (1.0, 6, 6), (1, 6, 6), (4, 6, 4), (4, 5, 4)),
+        # A majority is needed in any case, and a threshold that nobody has ends a round.
+        *((4, 10, 6), (2, 3, 2), (4, 3, None)),
+    ],
+)
+def test_a_threshold_is_a_share_of_the_neighbours_or_a_number_of_them(
+    threshold, neighbours, expected
+):
+    made = plan((1, 2, 3), threshold=threshold)
+    if expected is None:
+        with pytest.raises(RoundAbandoned, match="threshold=4"):
+            made.threshold_of(neighbours)
+    else:
+        assert made.threshold_of(neighbours) == expected
+
+
+@pytest.mark.parametrize(("count", "neighbours"), [(20, None), (40, 20)])
+def test_a_node_sends_its_masked_vector_keys_and_shares_and_hardly_a_byte_more(count, neighbours):
+    nodes, width, most = range(1, count + 1), 50_000, 1 << 14
+    encoding = encoding_without_wrap(most, count, width)
+    sent = []
+
+    def watch(_, replies):
+        sent.append(len(all_bytes(encode(replies[1]))))
+
+    parts = dict.fromkeys(nodes, np.full(width, most // count, np.int64))
+    asked = plan(
+        nodes,
+        width=width,
+        bits=encoding.bits,
+        lanes=encoding.lanes,
+        threshold=2 / 3,
+        neighbours=neighbours,
+    )
+    Cast(parts).run(asked, watch=watch)
+    peers = neighbours or count - 1
+    entries = 3 * width  # 20 and 21 bits an entry in whole bytes
+    keys_and_shares = 2 * PUBLIC_KEY_BYTES + peers * (2 * SHARE_BYTES + OVERHEAD_BYTES) + 32
+    unmasking = peers * SHARE_BYTES
+    assert sum(sent) <= 1.05 * (entries + keys_and_shares + unmasking)
+    assert max(sent) <= 1.01 * entries

@@ -302,6 +302,7 @@ class OwnWeigh(DPFedAvg):
         ({"secure_aggregation": True}, "secure_aggregation=True must be a SecureAggregation"),
         ({"secure_aggregation": SecAggPlus(max_cohort=2**37)}, "max_cohort=137438953472 is too"),
         ({"secure_aggregation": SecAggPlus(min_cohort=7)}, "min_cohort=7"),
+        ({"secure_aggregation": SecAggPlus(threshold=6)}, "threshold=6 must be < population=6"),
         ({"secure_aggregation": SecAggPlus(colluders=5)}, "colluders=5"),
     ],
 )
@@ -352,6 +353,10 @@ def test_the_modulus_has_room_for_the_largest_cohort_and_no_byte_more():
     [
         ({"threshold": 0.5}, "threshold=0.5 must be > 0.5"),
         ({"threshold": 1.5}, "threshold=1.5"),
+        ({"threshold": 0}, "threshold=0"),
+        ({"threshold": -3}, "threshold=-3"),
+        ({"threshold": True}, "threshold=True"),
+        ({"threshold": 7, "neighbours": 6}, "threshold=7 must be <= neighbours=6"),
         ({"neighbours": 5}, "neighbours=5 must be even"),
         ({"neighbours": 4, "colluders": 4}, "colluders=4 must be < neighbours=4"),
         ({"min_cohort": 1}, "min_cohort=1 must be >= 2"),
