@@ -31,6 +31,8 @@ unit: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	# The pip that comes with Python may be years old and take twice as long.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	# Python compiles what it imports, and most of what comes with the packages never is.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[apps,dev]"
 	touch $@

@@ -73,7 +73,8 @@ class LoopEngine(UserEngine):
         recipe, resident, user = self._training, self._resident, member.user
         data = as_records(member.load())
         records = len(data[0])
-        seed_torch(recipe.seed_for(server_round=server_round, user=user))  # dropout
+        seed = recipe.seed_for(server_round=server_round, user=user)
+        seed_torch(seed, resident.device)  # dropout
         rule = recipe.rule(self._detached)
         for picks in recipe.batches(records, server_round=server_round, user=user):
             *inputs, targets = (resident.take(part, picks) for part in data)
