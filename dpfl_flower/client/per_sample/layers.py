@@ -23,7 +23,10 @@ from dpfl_flower.client.per_sample.patches import patches
 Rule = Callable[[Any, Tensor, Tensor], list[Contribution]]
 
 _HELD_GROWTH: Final = 4
-_PATCHES: Final = 1 << 20  # numbers at once: 4 MiB
+_PATCHES: Final = 1 << 20
+"""Numbers of patches at once on a CPU: 4 MiB stay in cache."""
+_PATCHES_ON_DEVICE: Final = 1 << 26
+"""The same on a device, 256 MiB: copied in many times what it takes to launch the next part."""
 
 
 def contributions(module: nn.Module, inputs: Tensor, gradients: Tensor) -> list[Contribution]:
@@ -140,8 +143,9 @@ def _convolution(
         return [Ghost(parameters, columns.transpose(1, 2), flat.transpose(1, 2))]
     of_groups = flat.reshape(len(flat), module.groups, m, positions)
     weights = flat.new_empty((len(flat), module.groups, m, n))
-    # Patches are many times the input: a few records at a time stay in cache.
-    size = max(1, _PATCHES // (module.groups * n * positions))
+    # Patches are many times the input: so many records at a time that their memory is bounded.
+    most = _PATCHES if inputs.device.type == "cpu" else _PATCHES_ON_DEVICE
+    size = max(1, most // (module.groups * n * positions))
     for part, of_part, into in zip(
         *(torch.split(tensor, size) for tensor in (inputs, of_groups, weights)), strict=True
     ):
