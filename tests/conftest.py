@@ -18,12 +18,15 @@ _UNTRACED = tuple(
         "contracts",
         "client/per_sample/test_layers.py",
         "client/per_sample/test_opacus_layers.py",
+        "client/users/test_cohort.py",
         "client/users/test_engines.py",
         "client/users/test_isolation.py",
+        "client/users/test_step_graph.py",
         "distributed/test_plan.py",
         "noise/test_opendp.py",
         "secagg/test_hostile_inputs.py",
         "secagg/test_protocol.py",
+        "secagg/test_runtimes.py",
         "strategies/test_local_fedavg.py",
     )
 )

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpfl_flower.accounting import (
@@ -65,7 +65,7 @@ def test_the_answer_spends_the_budget_and_no_more(budget, sampling, rounds):
     event = Gaussian(z) if sampling is None else sampling.event(Gaussian(z))
     spent = cost(budget, event, rounds)
     assert budget.epsilon * (1 - 1e-4) <= spent <= budget.epsilon
-    assert affordable_rounds(budget, event) >= rounds
+    assert affordable_rounds(budget, event, at_most=2 * rounds) >= rounds
 
 
 def test_everyone_in_every_round_is_solved_exactly():
@@ -135,10 +135,9 @@ def test_a_rate_below_delta_is_priced_by_coins_down_to_where_they_are_believed()
     assert epsilon([event], delta=1e-5, relation=ADD_REMOVE) <= 1.0
 
 
-@settings(max_examples=2, deadline=None)
-@given(st.floats(0.01, 100.0), st.integers(1, 300), st.floats(1e-3, 1.0))
-@example(0.01, 300, 1.0)
-@example(100.0, 1, 1e-3)
+@pytest.mark.parametrize(
+    ("target", "rounds", "rate"), [(0.01, 300, 1.0), (100.0, 1, 1e-3), (3.0, 100, 0.05)]
+)
 def test_more_budget_needs_less_noise_and_more_rounds_need_more(target, rounds, rate):
     sampling = PoissonSampling(rate * 1000, 1000)
 

@@ -270,7 +270,7 @@ def test_a_malformed_evaluation_is_refused(metric: str, value: float) -> None:
 
 @pytest.mark.slow
 def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_path: Path) -> None:
-    overrides: Config = {"num-server-rounds": 3, "sample-user": ""}
+    overrides: Config = {"num-server-rounds": 2, "sample-user": ""}
     lines: list[str] = []
     ended = run_flower_app(
         APP,
@@ -288,7 +288,7 @@ def test_the_same_folder_under_flwr_run_trains_the_same_model_but_for_noise(tmp_
     assert (tmp_path / "home" / "state.db").exists()
     report = Report.load(tmp_path / "run")
     assert report.run_id == ended.run_id
-    assert (report.rounds, report.nodes) == (3, 2)
+    assert (report.rounds, report.nodes) == (2, 2)
     assert report.epsilon <= 8.0
     assert report.table().splitlines()[2] in (tmp_path / "flower.log").read_text()
     for name in ("here", "again"):

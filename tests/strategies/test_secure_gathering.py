@@ -33,6 +33,7 @@ from dpfl_strategies import (
     NumExamplesWeighting,
     Weighting,
 )
+from tests.support import integer_sums
 
 NODES = 6
 
@@ -55,16 +56,6 @@ def app(*, secure, function=train):
     made = ClientApp()
     made.train(mods=[secure_aggregation_mod] if secure else None)(function)
     return made
-
-
-def sums(message, context):
-    """Answer an integer sum, as a node of many units does."""
-    width = message.content["cohort"]["dimension"]
-    vector = np.arange(width, dtype=np.int64) * (context.node_config["partition-id"] + 1)
-    return Message(
-        RecordDict({records.INTEGER_SUM: ArrayRecord({records.SUM: Array(vector)})}),
-        reply_to=message,
-    )
 
 
 def model():
@@ -155,8 +146,12 @@ def test_a_run_is_the_same_to_the_last_bit_with_and_without(changes, neighbours)
 def test_nodes_of_many_units_answer_the_same_sum():
     changes = {"num_nodes": NODES, "sampling": PoissonSampling(50, 1000), "noise_seed": 4}
     changes |= {"unit": "user", "relation": "add-or-remove-one"}
-    plain = run(strategy(**changes), secure=False, function=sums)
-    masked = run(strategy(secure_aggregation=SecAggPlus(), **changes), secure=True, function=sums)
+    plain = run(strategy(**changes), secure=False, function=integer_sums.train)
+    masked = run(
+        strategy(secure_aggregation=SecAggPlus(), **changes),
+        secure=True,
+        function=integer_sums.train,
+    )
     same(plain.arrays, masked.arrays)
 
 

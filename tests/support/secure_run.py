@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid
 
-from dpfl_flower.accounting import EveryoneSampling
+from dpfl_flower.accounting import EveryoneSampling, PoissonSampling
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.secagg.messages import Stage
@@ -66,6 +66,21 @@ def run(
     )
     start = ArrayRecord({"w": Array(np.zeros(WIDTH, np.float32))})
     return strategy.start(grid, start, num_rounds=rounds, timeout=300).arrays["w"].numpy()
+
+
+def run_units(grid: Grid, *, nodes: int, secure_aggregation: SecAggPlus | None) -> np.ndarray:
+    """Return the model after a round of integer sums of `integer_sums` and seeded noise."""
+    strategy = DPFedAvg(
+        noise_multiplier=0.5,
+        noise_seed=4,
+        unit="user",
+        sampling=PoissonSampling(50, 1000),
+        num_nodes=nodes,
+        clipping=FixedClipping(0.5),
+        secure_aggregation=secure_aggregation,
+    )
+    start = ArrayRecord({"w": Array(np.zeros(WIDTH, np.float32))})
+    return strategy.start(grid, start, num_rounds=1, timeout=300).arrays["w"].numpy()
 
 
 def in_process(*, nodes: int, rounds: int, ways: Sequence[Way] = ()) -> np.ndarray:

@@ -76,15 +76,19 @@ def records_in_float64(model_fn, count, seed):
     return (inputs.double() if inputs.is_floating_point() else inputs), targets
 
 
+IN_ORDER = {"shuffle": False, "batch_size": 50}
+MOMENTUM = {"momentum": 0.9, "epochs": 3, "batch_size": 4}
+ADAM = {"optimizer": "adam", "lr": 0.01, "epochs": 2}
+
+
 @pytest.mark.parametrize("kind", [Engine.LOOP, Engine.STACKED])
-@pytest.mark.parametrize("model_fn", [mlp, odd, words, cnn])
 @pytest.mark.parametrize(
-    "changes",
+    ("model_fn", "changes"),
     [
-        {},
-        {"shuffle": False, "batch_size": 50},
-        {"momentum": 0.9, "epochs": 3, "batch_size": 4},
-        {"optimizer": "adam", "lr": 0.01, "epochs": 2},
+        *((model_fn, {}) for model_fn in (mlp, odd, words, cnn)),
+        *((mlp, changes) for changes in (IN_ORDER, MOMENTUM, ADAM)),
+        (words, ADAM),
+        (cnn, MOMENTUM),
     ],
 )
 def test_an_engine_trains_as_plain_pytorch(kind, model_fn, changes):
