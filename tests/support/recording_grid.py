@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 
 from dpfl_flower._flower import TaskIdentity
+from dpfl_flower.wire import read_array
 
 Client = Callable[[Message], RecordDict | Error | None]
 
@@ -86,7 +87,7 @@ def adding(update: float | Callable[[Message], np.ndarray]) -> Client:
 
     def client(message: Message) -> RecordDict:
         step = update(message) if callable(update) else update
-        sent = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        sent = {name: read_array(array) for name, array in message.content["arrays"].items()}
         return reply(
             ArrayRecord(
                 {

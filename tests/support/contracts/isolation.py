@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower.accounting import EveryoneSampling
 from dpfl_flower.quantize import Rounding
+from dpfl_flower.wire import read_array
 from dpfl_strategies import NumExamplesWeighting, UniformWeighting
 from tests.support.contracts.strategy import StrategySubject, quiet
 from tests.support.recording_grid import record
@@ -261,7 +262,7 @@ def _grid_of(nodes: Sequence[Reply | None]) -> ScriptedGrid:
 
 def answers(kind: str, rng: np.random.Generator, count: object, question: Message) -> list[Answer]:
     """Return what a node of this kind answers to ``question``."""
-    sent = {name: array.numpy() for name, array in question.content["arrays"].items()}
+    sent = {name: read_array(array) for name, array in question.content["arrays"].items()}
     step = rng.choice([0.01, 1.0])
     honest = {
         name: np.asarray(array + step * rng.normal(size=array.shape))

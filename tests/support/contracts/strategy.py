@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower.accounting import Composed, Gaussian, PrivacyBudget, Relation, epsilon
 from dpfl_flower.noise import RoundedGaussian
+from dpfl_flower.wire import read_array
 from dpfl_strategies import PrivateStrategy
 
 Noise = Callable[[int], NDArray[np.int64]]
@@ -78,7 +79,7 @@ class StrategySubject(ABC):
 
 def flat(arrays: ArrayRecord) -> NDArray[np.float64]:
     """Return all floating entries of a record as one float64 vector."""
-    found = (array.numpy() for array in arrays.values())
+    found = (read_array(array) for array in arrays.values())
     return np.concatenate([a.ravel().astype(np.float64) for a in found if a.dtype.kind == "f"])
 
 
