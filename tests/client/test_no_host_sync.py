@@ -181,8 +181,7 @@ def client_on(device, model, data, config):
         device="cpu" if device == META else device,
     )
     if device == META:
-        client._device, client._model = device, model.to(device)
-        client._records = RecordSet(data, device)
+        client._model, client._records = model.to(device), RecordSet(data, device)
     return client
 
 
@@ -202,7 +201,6 @@ def stack_on(device, config, *, models=3, data_on=CPU):
     )
     assert stack.stacked
     if device == META:
-        stack._device = device
         stack._records = [RecordSet(data, device) for data in datasets]
         stack._example = [part.to(device) for part in stack._example]
         for model in stacked:
