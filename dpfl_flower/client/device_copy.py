@@ -22,6 +22,8 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     host would wait for all that was queued before. The page-locked memory that it goes through
     comes from torch's allocator, which gives it to nobody else before the copy is done.
     """
+    if tensor.device == device:
+        return tensor
     if device.type not in _QUEUES or tensor.device.type != "cpu":
         return tensor.to(device)
     return _page_locked(tensor).to(device, non_blocking=True)

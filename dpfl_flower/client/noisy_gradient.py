@@ -136,8 +136,8 @@ class NoisyGradient:
         dither += _DITHER_STEP / 2
         # Integers below 2^53, so exact; adding up two dtypes would take twice as long.
         noise = torch.from_numpy(grid.noise.sample(n, self._rng)).double()
-        parts = (torch.split(torch.from_numpy(dither), each), torch.split(noise, each))
-        return list(zip(*parts, strict=True))
+        drawn = (torch.from_numpy(dither), noise)
+        return list(zip(*(part.view(steps, each).unbind() for part in drawn), strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dpfl_flower.client.errors import NODE_LOGGER
 from dpfl_flower.client.per_example import Batch, PerExampleClipper, per_example_clipper
@@ -44,13 +43,18 @@ class SampleSum:
     ) -> None:
         self._clipper, self._gather = clipper, gather
         self._total: list[Tensor] | None = None
+        self._several = False
         self._norms: list[tuple[Tensor, float]] = []
 
     @property
     def total(self) -> list[Tensor]:
-        """One sum per parameter, float64: only the records of one physical batch add up in less."""
+        """One sum per parameter: only the records of one physical batch add up below float64.
+
+        One batch's sum stays in the parameter's dtype, which no result shows: rounding to it comes
+        last in any case. Of a narrower one it does: what goes there by float32 is rounded twice.
+        """
         if self._total is None:
-            self._total = [zeros.double() for zeros in self._clipper.zeros()]
+            self._total = self._kept(self._clipper.zeros())
         return self._total
 
     def add(self, indices: Sequence[int]) -> None:
@@ -66,8 +70,10 @@ class SampleSum:
                 self.add([index])
             return
         if self._total is None:
-            self._total = _widened(part)
+            self._total = self._kept(part)
         else:
+            if not self._several:
+                self._total, self._several = [t.double() for t in self._total], True
             torch._foreach_add_(self._total, part)
         if (norms := self._clipper.norms) is not None:
             self._norms.append((norms, self._clipper.clip.norm))
@@ -84,9 +90,6 @@ class SampleSum:
             total = fits.masked_fill_(norms.isnan(), 0).sum() + total
         return total
 
-
-def _widened(part: Sequence[Tensor]) -> list[Tensor]:
-    # One conversion for all parameters, and never the clipper's own memory.
-    flat: Tensor = _flatten_dense_tensors(list(part))  # type: ignore[no-untyped-call]
-    flat = flat.to(torch.float64, copy=True)
-    return list(_unflatten_dense_tensors(flat, part))  # type: ignore[no-untyped-call]
+    def _kept(self, part: Sequence[Tensor]) -> list[Tensor]:
+        of = zip(part, self._clipper.parameters, strict=True)
+        return [t if t.dtype is p.dtype else t.double() for t, p in of]

@@ -43,7 +43,7 @@ class Capture:
         self._least = {module: least_dimensions(module) for module in self._owners}
         self._records = 0
         self._first: list[GradientEdge] = []
-        self._asked: list[tuple[_Arrival, GradientEdge]] = []
+        self._asked: list[tuple[nn.Module, Tensor, int, GradientEdge]] = []
         self._found: list[Contribution] = []
         self._active = False
 
@@ -76,7 +76,7 @@ class Capture:
         try:
             total = loss()
             asked, unseen = tuple(self._asked), self._unseen()
-            wanted = [edge for _, edge in asked]
+            wanted = [one[3] for one in asked]
             wanted += [*self._first, *map(get_gradient_edge, unseen)]
             if wanted and total.requires_grad:
                 gradients = torch.autograd.grad(total, wanted, allow_unused=True)
@@ -87,8 +87,9 @@ class Capture:
                             "its own module, where no hook sees it"
                         )
                 for i in reversed(range(len(asked))):  # as the backward pass went
-                    if gradients[i] is not None:
-                        asked[i][0](gradients[i])
+                    if (gradient := gradients[i]) is not None:
+                        module, inputs, version, _ = asked[i]
+                        self.arrived(module, inputs, version, gradient)
             return self._found
         finally:
             self._first, self._asked, self._found, self._active = [], [], [], False
@@ -116,16 +117,20 @@ class Capture:
         inputs = args[0] if args else kwargs.get("input")
         if len(args) + len(kwargs) != 1 or not isinstance(inputs, Tensor):
             raise ModelRefused(f"{type(module).__name__} is called with more than its input")
-        arrival = _Arrival(self, module, inputs.detach())
         if type(module) is nn.Linear and inputs.dim() == 2:
-            self._asked.append((arrival, get_gradient_edge(output)))
+            edge = get_gradient_edge(output)
+            self._asked.append((module, inputs.detach(), inputs._version, edge))
             return
         if not inputs.requires_grad:
             self._first.append(get_gradient_edge(output))
-        output.register_hook(arrival)  # type: ignore[no-untyped-call]
+        output.register_hook(_Arrival(self, module, inputs))  # type: ignore[no-untyped-call]
 
-    def arrived(self, module: nn.Module, inputs: Tensor, gradients: Tensor) -> None:
-        """Take the gradient in a layer's output."""
+    def arrived(
+        self, module: nn.Module, inputs: Tensor | None, version: int, gradients: Tensor
+    ) -> None:
+        """Take the gradient in a layer's output, and what it got, of this version."""
+        if inputs is None or inputs._version != version:
+            raise ModelRefused(f"what {type(module).__name__} got was changed in place afterwards")
         shapes = (inputs.shape, gradients.shape)
         if len(shapes[0]) < self._least[module] or not (
             shapes[0][0] == shapes[1][0] == self._records
@@ -143,13 +148,9 @@ class _Arrival:
 
     def __init__(self, capture: Capture, module: nn.Module, inputs: Tensor) -> None:
         self._capture, self._module = capture, module
-        self._inputs: Tensor | None = inputs
+        self._inputs: Tensor | None = inputs.detach()
         self._version = inputs._version
 
     def __call__(self, gradients: Tensor) -> None:
         inputs, self._inputs = self._inputs, None
-        if inputs is None or inputs._version != self._version:
-            raise ModelRefused(
-                f"what {type(self._module).__name__} got was changed in place afterwards"
-            )
-        self._capture.arrived(self._module, inputs, gradients)
+        self._capture.arrived(self._module, inputs, self._version, gradients)

@@ -65,7 +65,8 @@ class Clip:
 
     def __post_init__(self) -> None:
         checks.positive(clip_norm=self.norm)
-        object.__setattr__(self, "style", ClipStyle(self.style))
+        if type(self.style) is not ClipStyle:
+            object.__setattr__(self, "style", ClipStyle(self.style))
 
     @property
     def by_layer(self) -> bool:
@@ -90,7 +91,7 @@ class Clip:
         norms = total.sqrt()
         limit, dropped = self.norm * _LIMIT, None
         # False for nan, which is the largest where there is one. A device would have to be awaited.
-        known = norms.device.type == "cpu" and len(norms) > 0
+        known = norms.device.type == "cpu" and norms.shape[0] > 0
         if not (known and float(norms.max()) <= limit):
             dropped = ~(norms <= limit)
         if self.by_layer:
@@ -102,7 +103,7 @@ class Clip:
 
     def _factors(self, norms: Tensor, bound: float, dropped: Tensor | None) -> Tensor:
         if self.style is ClipStyle.AUTOMATIC:
-            factors = (bound * _MARGIN) / (norms + _STABILITY)
+            factors = (norms + _STABILITY).reciprocal_().mul_(bound * _MARGIN)
         else:
-            factors = (bound * _MARGIN / norms).clamp_(max=1.0)
+            factors = norms.reciprocal().mul_(bound * _MARGIN).clamp_(max=1.0)
         return factors if dropped is None else factors.masked_fill_(dropped, 0.0)

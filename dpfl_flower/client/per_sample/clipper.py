@@ -33,14 +33,13 @@ def per_example_losses(outputs: Any, targets: Tensor, loss_fn: LossFunction) -> 
         If ``loss_fn`` returns anything but one number per record.
     """
     losses = loss_fn(outputs, targets)
-    records = len(targets)
-    shape = losses.shape
+    records, shape = targets.shape[0], losses.shape
     if not shape or shape[0] != records or shape.numel() != records:
         raise ValueError(
             f"loss_fn returned shape {tuple(losses.shape)} for {records} records; it must return "
             'one loss per record: build it with reduction="none"'
         )
-    return losses.reshape(records)
+    return losses if len(shape) == 1 else losses.reshape(records)
 
 
 class PerExampleClipper(ABC):
@@ -92,7 +91,7 @@ class PerExampleClipper(ABC):
         A record whose gradient holds NaN or inf contributes zeros.
         """
         self._last = None
-        if len(batch[-1]) == 0:
+        if batch[-1].shape[0] == 0:
             return self.zeros()
         try:
             return self._clipped_sum(batch)
