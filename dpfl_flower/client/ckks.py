@@ -20,6 +20,7 @@ from dpfl_flower import checks, records
 from dpfl_flower.client.contribution import contribution_for
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
 from dpfl_flower.client.secure_node import (
+    LONGEST_SECONDS,
     as_node_error,
     contributed,
     count_setting,
@@ -45,7 +46,6 @@ from dpfl_flower.wire import config_record, write_array
 __all__ = ["ckks_mod"]
 
 _LEAST_COHORT: Final = 3
-_LONGEST_SECONDS: Final = 7 * 24 * 3600.0
 _ENCRYPTING: Final = (Stage.ADVERTISE, Stage.SHARE, Stage.MASK)
 """The first stage of this protocol is the first three of the journal's, the second its last."""
 
@@ -138,7 +138,7 @@ def _encrypt(
         )
     try:
         checks.positive(seconds=request.seconds)
-        checks.at_most(_LONGEST_SECONDS, seconds=request.seconds)
+        checks.at_most(LONGEST_SECONDS, seconds=request.seconds)
         code = DigitCode(width=request.width, bits=request.bits, parties=request.parties)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, str(error)) from error

@@ -62,10 +62,11 @@ _masked: Final[ContextVar[int | None]] = ContextVar("masked", default=None)
 
 
 @contextmanager
-def under_masks(*, survivors: int = 0) -> Iterator[None]:
+def under_masks(*, survivors: int) -> Iterator[None]:
     """Tell the app that what it answers inside the block is masked before it leaves the node.
 
-    And that it is unmasked only in a sum of at least so many vectors.
+    And in a sum of how many vectors at least this node lets it be unmasked, as far as it sees: at
+    least `Contribution.counts_on`.
     """
     before = _masked.set(survivors)
     try:

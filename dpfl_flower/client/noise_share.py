@@ -53,10 +53,11 @@ class SharePolicy:
     min_share_multiplier : float
         The least that the node's own share must be, over the bound on a unit: what is left if
         every other node works with the server.
-    enforced_survivors : int
-        With fewer vectors in the sum than this, the node itself does not let it be unmasked:
-        ``secagg-min-cohort``, or what `secure_aggregation_mod` enforces for the plan. A plan that
-        counts on more survivors is refused: their number would be the server's word.
+    enforced_survivors : int or None
+        With fewer vectors in the sum than this, the node itself does not let it be unmasked. A plan
+        that counts on more survivors is refused: their number would be the server's word. None: as
+        many as the plan counts on and secure aggregation on this node enforces, which without a
+        roster is as many neighbours as the server makes up.
     colluders : int
         How many survivors the node reckons may work with the server (``secagg-colluders``). A plan
         that reckons with fewer is refused.
@@ -71,13 +72,14 @@ class SharePolicy:
 
     node: NodePolicy = field(default_factory=NodePolicy)
     min_share_multiplier: float = 0.0
-    enforced_survivors: int = _DEFAULT_MIN_COHORT
+    enforced_survivors: int | None = _DEFAULT_MIN_COHORT
     colluders: int = 0
     max_rounds: int | None = None
 
     def __post_init__(self) -> None:
         checks.non_negative(min_share_multiplier=self.min_share_multiplier)
-        checks.positive_int(enforced_survivors=self.enforced_survivors)
+        if self.enforced_survivors is not None:
+            checks.positive_int(enforced_survivors=self.enforced_survivors)
         checks.non_negative_int(colluders=self.colluders)
         if self.max_rounds is not None:
             checks.positive_int(max_rounds=self.max_rounds)
@@ -87,15 +89,21 @@ class SharePolicy:
         """Read ``min-share-multiplier``, ``max-rounds``, and what `NodePolicy` reads.
 
         And ``secagg-min-cohort`` (3) and ``secagg-colluders`` (0), which secure aggregation on
-        this node obeys.
+        this node obeys. A node with a roster counts on as many survivors as its roster makes
+        certain, and one whose config insists on nothing takes the plan's word.
         """
+        node = NodePolicy.from_node_config(node_config)
+        insists = node != NodePolicy() or records.SECAGG_MIN_COHORT in node_config
+        takes_word = records.SECAGG_ROSTER in node_config or not insists
         max_rounds = node_config.get(records.MAX_ROUNDS)
         return cls(
-            node=NodePolicy.from_node_config(node_config),
+            node=node,
             min_share_multiplier=node_config.get(  # type: ignore[arg-type]
                 records.MIN_SHARE_MULTIPLIER, 0.0
             ),
-            enforced_survivors=node_config.get(  # type: ignore[arg-type]
+            enforced_survivors=None
+            if takes_word
+            else node_config.get(  # type: ignore[arg-type]
                 records.SECAGG_MIN_COHORT, _DEFAULT_MIN_COHORT
             ),
             colluders=node_config.get(records.SECAGG_COLLUDERS, 0),  # type: ignore[arg-type]
@@ -110,7 +118,8 @@ class SharePolicy:
         plan = request.plan
         _at_least(self.min_share_multiplier, share_multiplier=plan.share_multiplier)
         _at_least(self.colluders, colluders=plan.colluders)
-        _at_most(self.enforced_survivors, min_survivors=plan.min_survivors)
+        if self.enforced_survivors is not None:
+            _at_most(self.enforced_survivors, min_survivors=plan.min_survivors)
         if self.max_rounds is not None:
             _at_most(self.max_rounds, num_rounds=request.num_rounds)
 
@@ -259,8 +268,8 @@ def noise_share_mod(
             return call_next(message, context)
         try:
             policy = SharePolicy.from_node_config(context.node_config)
-            enforced = max(policy.enforced_survivors, masks_follow() or 0)
-            policy = dataclasses.replace(policy, enforced_survivors=enforced)
+            if policy.enforced_survivors is None:
+                policy = dataclasses.replace(policy, enforced_survivors=masks_follow())
             share = NoiseShare(
                 NodeLedger.from_context(context, dataset=dataset, path=path),
                 delta=delta,

@@ -174,7 +174,7 @@ def _mask(
     )
     # The shares of a noised sum count on each other: this node lets no smaller one be unmasked.
     state = node.count_on(state, contribution.counts_on, rules)
-    with under_masks(survivors=state.counted_on):
+    with under_masks(survivors=max(rules.min_cohort, state.counted_on)):
         vector = contributed(contribution, message, context, call_next, width=state.width)
     return node.mask(state, vector)
 

@@ -4,6 +4,7 @@
 5
 """
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Prog
 from dpfl_flower.wire import config_record
 
 __all__ = [
+    "LONGEST_SECONDS",
     "as_node_error",
     "contributed",
     "count_setting",
@@ -29,6 +31,9 @@ __all__ = [
     "path_setting",
     "remember",
 ]
+
+LONGEST_SECONDS: Final = 7 * 24 * 3600.0
+"""No round may take longer."""
 
 _CODES: Final = {
     Refusal.MALFORMED: NodeErrorCode.MALFORMED_REQUEST,
@@ -88,9 +93,16 @@ def journal_of(context: Context) -> Journal:
 
 
 def forget_expired(context: Context, name: str) -> None:
-    """Delete the state of a round whose time is up, whatever has reached the node since."""
+    """Delete the state of a round whose time is up, whatever has reached the node since.
+
+    And one that no round leaves: damaged, or with more time left than any round has.
+    """
     record = config_record(context.state, name)
-    if record is not None and not time.time() <= float(str(record["expires"])):
+    if record is None:
+        return
+    expires = record.get("expires")
+    left = expires - time.time() if isinstance(expires, float) else math.nan
+    if not 0 <= left <= LONGEST_SECONDS:
         del context.state[name]
 
 

@@ -111,6 +111,10 @@ class SecureAggregation(ABC):
     def nodes_learn_sum(self) -> bool:
         """Whether honest nodes are shown the sum: then noise of their own must not be claimed."""
 
+    def seen_by_a_node(self, population: int) -> int:
+        """Return how many vectors of a sum a node can tell are in it, its own included."""
+        return population
+
     @abstractmethod
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""

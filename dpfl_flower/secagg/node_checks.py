@@ -50,12 +50,13 @@ def roster_members(
 
 def check_cohort(rules: NodeRules, members: Collection[int], *, counted_on: int = 0) -> None:
     """Refuse fewer nodes than ``min_cohort``, or than are counted on, this one included."""
-    least = max(rules.min_cohort, counted_on)
-    if 1 + len(members) < least:
-        raise Refused(
-            Refusal.TOO_FEW_NODES,
-            f"{1 + len(members)} nodes with this one, min_cohort={least} must be there",
-        )
+    there = 1 + len(members)
+    for name, least in (("min_cohort", rules.min_cohort), ("the plan's survivors", counted_on)):
+        if there < least:
+            raise Refused(
+                Refusal.TOO_FEW_NODES,
+                f"{there} nodes with this one, {name}={least} must be there",
+            )
 
 
 def check_named(named: tuple[int, ...], known: Collection[int]) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,14 @@ from dpfl_flower.secagg.session import Session
 __all__ = ["RoundPlan", "SecureSum"]
 
 
-def is_count(threshold: float) -> bool:
+def is_count(threshold: object) -> bool:
     """Return whether a threshold is a number of neighbours, not a share of them."""
-    return isinstance(threshold, int) and not isinstance(threshold, bool) and threshold > 1
+    return isinstance(threshold, Integral) and int(threshold) > 1  # True is 1
+
+
+def t_of(threshold: float, count: int) -> int:
+    """Return how many of ``count`` neighbours a threshold asks for."""
+    return int(threshold) if is_count(threshold) else math.ceil(threshold * count - 1e-9)
 
 
 def check_threshold(threshold: float) -> None:
@@ -39,7 +45,10 @@ seed together, and the other half its mask key
     """
     if is_count(threshold):
         return
-    checks.fraction(threshold=threshold)
+    try:
+        checks.fraction(threshold=threshold)
+    except ValueError as error:
+        raise ValueError(f"{error}, or an integer >= 2: a number of neighbours") from None
     if not threshold > 0.5:
         raise ValueError(
             f"threshold={threshold!r} must be > 0.5: half of the neighbours could otherwise put a "
@@ -121,12 +130,10 @@ class RoundPlan:
             If no t <= count fulfils ``2 t > count + colluders``.
         """
         least = (count + self.colluders) // 2 + 1
-        asked = self.threshold
-        shares = asked if is_count(asked) else math.ceil(asked * count - 1e-9)
-        threshold = max(int(shares), least)
+        threshold = max(t_of(self.threshold, count), least)
         if least <= count < threshold:
             raise RoundAbandoned(
-                f"{count} neighbours have {count} shares, threshold={asked} are needed"
+                f"{count} neighbours have {count} shares, threshold={self.threshold} are needed"
             )
         if threshold > count:
             raise RoundAbandoned(

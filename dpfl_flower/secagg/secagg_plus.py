@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from dpfl_flower import checks
 from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, SumRequest
 from dpfl_flower.secagg.messages import Reply, Stage
-from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum, check_threshold, is_count
+from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum, check_threshold, is_count, t_of
 from dpfl_flower.secagg.server import (
     Acknowledging,
     Advertising,
@@ -113,6 +113,13 @@ class SecAggPlus(SecureAggregation):
     def nodes_learn_sum(self) -> bool:
         """Nodes see shares and keys, and never a vector or a sum."""
         return False
+
+    def seen_by_a_node(self, population: int) -> int:
+        """Its own and its neighbours'; with a roster its own and those of a threshold of them."""
+        count = population - 1 if self.neighbours is None else min(self.neighbours, population - 1)
+        if not self.rosters:
+            return 1 + count
+        return 1 + max(t_of(self.threshold, count), (count + self.colluders) // 2 + 1)
 
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""

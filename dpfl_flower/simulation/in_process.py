@@ -17,12 +17,12 @@ silent is missing from the replies.
 [1000, 1001]
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from flwr.app import Message
 
+from dpfl_flower.simulation.copies import copied_message
 from dpfl_flower.simulation.local_grid import Answering, Fault, LocalGrid, NodeConfig, answer
 
 __all__ = ["Fault", "InProcessGrid", "NodeConfig"]
@@ -85,9 +85,9 @@ class InProcessGrid(LocalGrid):
         # Between processes everything is copied: neither side sees what the other changes later.
         reply, self._contexts[node_id] = answer(
             self._client_app,
-            copy.deepcopy(message),
+            copied_message(message),
             self._contexts[node_id],
             run_id=self._run.run_id,
         )
         self.answered += reply.has_content()
-        return copy.deepcopy(reply)
+        return copied_message(reply)

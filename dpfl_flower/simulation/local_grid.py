@@ -5,7 +5,6 @@ True
 """
 
 import contextlib
-import copy
 import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from flwr.serverapp import Grid
 
 from dpfl_flower import checks
 from dpfl_flower._flower import ErrorCode, Run, acting_as, assign_message_id
+from dpfl_flower.simulation.copies import copied_context
 
 __all__ = ["Answering", "Fault", "LocalGrid", "NodeConfig", "answer", "failed"]
 
@@ -48,7 +48,7 @@ def answer(
     ``message`` is the node's own, which may write over it; ``context`` stays as it is. A client
     that raises answers Flower's error and loses what it changed.
     """
-    mine = copy.deepcopy(context)
+    mine = copied_context(context)
     with acting_as(context.node_id, run_id=run_id):
         try:
             return client_app(message, mine), mine

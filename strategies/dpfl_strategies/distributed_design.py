@@ -66,6 +66,13 @@ class DistributedDesign:
         most = self.secure_aggregation.max_cohort
         if most is not None and most < self.num_nodes:
             raise ValueError(f"max_cohort={most} must be >= num_nodes={self.num_nodes}")
+        seen = self.secure_aggregation.seen_by_a_node(self.num_nodes)
+        if self.secure_aggregation.min_cohort > seen:
+            raise ValueError(
+                f"min_cohort={self.secure_aggregation.min_cohort} must be <= {seen}, the vectors "
+                "of a sum that a node can tell are in it: it lets no noised sum of fewer be "
+                "unmasked. More neighbours or, with rosters, a higher threshold make more certain"
+            )
         DistributedPlan(
             grid=DistributedGrid(dimension=1, clip_units=1.0, sensitivity_units=1, bits=self.bits),
             noise=ShareNoise(self.noise),

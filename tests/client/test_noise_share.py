@@ -179,6 +179,21 @@ def test_max_epsilon_holds_over_all_runs_in_the_ledger(tmp_path):
         assert ledger.releases == answered >= 2
 
 
+@pytest.mark.parametrize(
+    ("config", "enforced"),
+    [
+        ({}, None),
+        ({"max-rounds": 3}, None),
+        ({"secagg-min-cohort": 2}, 2),
+        ({"max-epsilon": 1.0, "max-delta": 1e-5}, 3),
+        ({"min-noise-multiplier": 1.0}, 3),
+        ({"min-noise-multiplier": 1.0, "secagg-roster": "peers"}, None),
+    ],
+)
+def test_who_insists_on_something_believes_no_server_without_a_roster(config, enforced):
+    assert SharePolicy.from_node_config(config).enforced_survivors == enforced
+
+
 def test_the_policy_is_what_the_node_config_says():
     policy = SharePolicy.from_node_config(
         {
@@ -196,7 +211,7 @@ def test_the_policy_is_what_the_node_config_says():
         colluders=2,
         node=NodePolicy(min_noise_multiplier=0.8),
     )
-    assert SharePolicy.from_node_config({}) == SharePolicy()
+    assert SharePolicy.from_node_config({}) == SharePolicy(enforced_survivors=None)
     for key, value in (
         ("max-rounds", "many"),
         ("secagg-min-cohort", 0),
@@ -276,7 +291,7 @@ def content(asked):
 
 def masking(message, context, call_next):
     """Stands for secure aggregation, which masks what comes back."""
-    with under_masks():
+    with under_masks(survivors=3):
         return call_next(message, context)
 
 

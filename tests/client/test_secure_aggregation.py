@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 
 from dpfl_flower import records
-from dpfl_flower.client import NodeErrorCode, secure_aggregation_mod
+from dpfl_flower.client import NodeErrorCode, noise_share_mod, secure_aggregation_mod
 from dpfl_flower.client.contribution import SumBound, UpdateRequest, contribution_for
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError
@@ -235,6 +235,19 @@ def test_a_message_of_another_kind_forgets_it_too(monkeypatch):
     monkeypatch.setattr("time.time", lambda: expires + 1)
     nodes.passing(message("query", RecordDict(), node_id=1), nodes.contexts[1])
     assert records.SECAGG_STATE not in state
+
+
+@pytest.mark.parametrize("expires", [None, "soon", b"", [1.0], float("nan"), 4e12])
+def test_a_state_without_an_end_that_a_round_can_have_is_forgotten(expires):
+    nodes = Nodes()
+    exchange = nodes.go(until="share")
+    record = nodes.contexts[1].state[records.SECAGG_STATE]
+    del record["expires"]
+    if expires is not None:
+        record["expires"] = expires
+    content = nodes.content(exchange, exchange.requests[1])
+    assert nodes.code(1, content) is NodeErrorCode.SECAGG_OUT_OF_ORDER
+    assert records.SECAGG_STATE not in nodes.contexts[1].state
 
 
 def raising(message, context):
@@ -486,6 +499,51 @@ def test_fewer_vectors_than_a_plan_counts_on_are_not_unmasked_whatever_the_serve
         assert NodeErrorCode(reply.error.code) is NodeErrorCode.SECAGG_TOO_FEW_NODES
         # Too few to begin with: nothing is computed, nothing charged.
         assert asked == ([] if gone_at == "share" else [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"max-epsilon": 5.0, "max-delta": 1e-5}, "POLICY_REFUSED"),
+        ({"min-noise-multiplier": 2.0}, "POLICY_REFUSED"),
+        ({"secagg-min-cohort": 3}, "POLICY_REFUSED"),
+        ({"min-share-multiplier": 0.5}, "POLICY_REFUSED"),
+        ({"secagg-min-cohort": 30}, None),
+    ],
+)
+def test_made_up_neighbours_make_no_share_of_the_noise_small(tmp_path, config, code):
+    """A server that is all other 29 nodes would measure what a share of a thirtieth leaves bare."""
+    made_up = range(2, 31)
+    plan = design(
+        noise_multiplier=2.0, rounds=1, dimension=4, clip_norm=1.0, num_nodes=30, min_survivors=30,
+        max_units=30, unit="node", relation="zero-out",
+    )  # fmt: skip
+    asked = DistributedRequest(plan=plan, server_round=1, num_rounds=1, rotation_seed=b"public")
+    terms = {**task(), records.DISTRIBUTED: asked.to_config()}
+    del terms[records.UPDATE]
+    app = ClientApp()
+    share = noise_share_mod(dataset="heart", delta=1e-5)
+    app.train(mods=[secure_aggregation_mod, share])(answers)
+    ledger = {"ledger-path": str(tmp_path / "ledger.jsonl")}
+    contexts = {1: context(node_id=1, **ledger, **config)}
+    contexts |= {n: context(node_id=n) for n in made_up}
+    wanted = SumRequest(
+        session=Session(5, 1, terms_of(RecordDict(terms))), nodes=tuple(range(1, 31)), width=4,
+        bits=32, seconds=60.0,
+    )  # fmt: skip
+    exchange = SecAggPlus(threshold=0.51).begin(wanted)
+    while exchange.stage != "mask":
+        replies = {
+            n: app(message("train", RecordDict(dict(content)), node_id=n), contexts[n])
+            for n, content in exchange.requests.items()
+        }
+        exchange = exchange.receive({n: reply.content for n, reply in replies.items()})
+    content = RecordDict({**exchange.requests[1], **terms})
+    reply = app(message("train", content, node_id=1), contexts[1])
+    if code is None:
+        assert not reply.has_error(), reply.error
+    else:
+        assert NodeErrorCode(reply.error.code).name == code
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,15 @@ def test_a_state_that_is_damaged_is_an_error(damaged):
 @pytest.mark.parametrize(
     ("threshold", "neighbours", "expected"),
     [
-        *((2 / 3, 6, 4), (2 / 3, 5, 4), (0.51, 6, 4), (1.0, 6, 6), (1, 6, 6), (4, 6, 4), (4, 5, 4)),
+        *(
+            (2 / 3, 6, 4),
+            (2 / 3, 5, 4),
+            (0.51, 6, 4),
+            (1.0, 6, 6),
+            (1, 6, 6),
+            (4, 6, 4),
+            (np.int64(4), 5, 4),
+        ),
         # A majority is needed in any case, and a threshold that nobody has ends a round.
         *((4, 10, 6), (2, 3, 2), (4, 3, None)),
     ],

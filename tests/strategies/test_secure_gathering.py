@@ -348,7 +348,7 @@ def test_the_modulus_has_room_for_the_largest_cohort_and_no_byte_more():
     [
         ({"threshold": 0.5}, "threshold=0.5 must be > 0.5"),
         ({"threshold": 1.5}, "threshold=1.5"),
-        ({"threshold": 0}, "threshold=0"),
+        ({"threshold": 0}, "threshold=0 must be in .*, or an integer >= 2"),
         ({"threshold": -3}, "threshold=-3"),
         ({"threshold": True}, "threshold=True"),
         ({"threshold": 7, "neighbours": 6}, "threshold=7 must be <= neighbours=6"),
