@@ -1,8 +1,9 @@
 """The medical app over several splits: ``python -m benchmarks.medical``.
 
 The bar: pooled AUC of at least 0.84, the mean of 5 seeds, at epsilon 1 and delta 1e-4 in each
-hospital; 0.85 with ``--trust distributed``, where each adds a share of the noise. The app's own client and server code run in this process instead of through ``flwr run``;
-each seed holds out other patients and draws fresh noise.
+hospital; 0.85 with ``--trust distributed``, where each adds a share of the noise. The app's own
+client and server code run in this process instead of through ``flwr run``; each seed holds out
+other patients and draws fresh noise.
 """
 
 import argparse
