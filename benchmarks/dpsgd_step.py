@@ -76,6 +76,7 @@ def ours(
             )
             optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
             for _ in range(STEPS):
+                yield
                 clipper.clip = Clip(CLIP_NORM)
                 sample = SampleSum(clipper, lambda _: batch)
                 seed_torch(int.from_bytes(rng.random_bytes(7), "little"), batch[-1].device)
@@ -86,9 +87,9 @@ def ours(
                     parameter.grad = gradient.to(parameter.dtype)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                yield
 
     taken = rounds()
+    next(taken)  # up to the first step: what torch's first optimizer imports is no step's
     return lambda: next(taken)
 
 
