@@ -31,7 +31,7 @@ from dpfl_flower.client.noise_source import NoiseSource
 from dpfl_flower.client.noisy_gradient import NoisyGradient
 from dpfl_flower.client.per_example import Clip, GradientEngine, per_example_clipper
 from dpfl_flower.client.sample_sum import SampleSum
-from dpfl_flower.client.separable import restored_buffers
+from dpfl_flower.client.separable import buffer_places, restored_buffers
 from dpfl_flower.client.torch_seed import seed_torch
 from dpfl_flower.rng import secure
 
@@ -74,13 +74,14 @@ def ours(
             release = NoisyGradient(
                 NOISE_MULTIPLIER, float(len(everyone)), rng, steps=STEPS, source=source
             )
+            buffers = buffer_places(model)
             optimizer = torch.optim.SGD(clipper.parameters, lr=LEARNING_RATE)
             for _ in range(STEPS):
                 yield
                 clipper.clip = Clip(CLIP_NORM)
                 sample = SampleSum(clipper, lambda _: batch)
                 seed_torch(int.from_bytes(rng.random_bytes(7), "little"), batch[-1].device)
-                with restored_buffers(model):
+                with restored_buffers(buffers):
                     sample.add(everyone)
                 noisy = release(sample.total, clip_norm=CLIP_NORM)
                 for parameter, gradient in zip(clipper.parameters, noisy, strict=True):

@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,18 @@ _UNTRACED = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave repetitive tests untraced, and start first what waits for other processes."""
-    for item in items:
-        if any(item.path.is_relative_to(path) for path in _UNTRACED):
-            item.add_marker("no_cover")
+    """Start first what waits for other processes."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Leave repetitive tests untraced, which ``no_cover`` of pytest-cov does not in a worker."""
+    tracer = sys.gettrace()
+    if tracer is None or not any(pyfuncitem.path.is_relative_to(path) for path in _UNTRACED):
+        return (yield)
+    sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)

@@ -45,7 +45,7 @@ from dpfl_flower.client.per_sample.ghost_limits import require_ghost_bound
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.record_set import RecordSet
 from dpfl_flower.client.sample_sum import SampleSum
-from dpfl_flower.client.separable import require_trainable, restored_buffers
+from dpfl_flower.client.separable import buffer_places, require_trainable, restored_buffers
 from dpfl_flower.client.torch_seed import forked_seeds, seed_torch
 from dpfl_flower.client.training_device import training_device
 from dpfl_flower.rng import RandomSource, secure
@@ -259,6 +259,7 @@ class DPSGDClient(NumPyClient):
             ) as clipper,
         ):
             optimizer = self._optimizer(clipper.parameters)
+            buffers = buffer_places(self._model)
             for _ in range(config.steps_per_round):
                 clipper.clip = Clip(clip_norms.current, config.clip_style)
                 sample = SampleSum(clipper, self._records.gather)
@@ -267,7 +268,7 @@ class DPSGDClient(NumPyClient):
                 ):
                     # Dropout masks that somebody can foretell would tie records to their places.
                     seed_torch(int.from_bytes(self._rng.random_bytes(7), "little"), self._device)
-                    with restored_buffers(self._model):
+                    with restored_buffers(buffers):
                         sample.add(indices)
                 noisy = release(sample.total, clip_norm=clip_norms.current)
                 clip_norms.update(sample.fitting)

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -149,21 +149,37 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
         )
 
 
+def buffer_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return each buffer's module and name in it, for `restored_buffers`."""
+    modules = model.modules()
+    return [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
+
+
 @contextlib.contextmanager
-def restored_buffers(model: nn.Module) -> Iterator[None]:
-    """Give the model its buffers back after the block, whatever records wrote into them.
+def restored_buffers(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Give a model its buffers back after the block, whatever records left there.
 
     What one record leaves in a buffer would reach the gradients of the next ones. Whether one did
     is not told: only a model that nobody could check gets here.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> with restored_buffers(buffer_places(model)):
+    ...     _ = model(torch.ones(4, 1))
+    >>> int(model.num_batches_tracked), model.running_mean.tolist()
+    (0, [0.0])
     """
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = []
+    for module, name in places:
+        buffer: Tensor = getattr(module, name)
+        before.append((module, name, buffer, buffer.detach().clone()))
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
+            for module, name, buffer, value in before:
                 if buffer.shape == value.shape:
                     buffer.copy_(value)
+                setattr(module, name, buffer)  # where a forward pass put another in its place
 
 
 def require_separable(

@@ -7,7 +7,13 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from dpfl_flower.client import GradientEngine, ModelRefused, NodeErrorCode
-from dpfl_flower.client.separable import require_separable, require_trainable, unchanged_buffers
+from dpfl_flower.client.separable import (
+    buffer_places,
+    require_separable,
+    require_trainable,
+    restored_buffers,
+    unchanged_buffers,
+)
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 ENGINES = [e for e in GradientEngine if e is not GradientEngine.AUTO]
@@ -279,3 +285,27 @@ def test_constant_buffers_pass_even_with_nan_in_them():
     model.seen[0] = torch.nan
     with unchanged_buffers(model):
         model.layer(torch.ones(2, 5))
+
+
+class Remembering(nn.Module):
+    """Puts another buffer in the place of its own, as counters of batches do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen = self.seen + x.sum()
+        return self.linear(x)
+
+
+def test_a_buffer_that_is_replaced_is_given_back():
+    model = nn.Sequential(Remembering(), nn.BatchNorm1d(1))
+    first = model[0].seen
+    with restored_buffers(buffer_places(model)):
+        model(torch.ones(4, 2))
+        assert model[0].seen.item() == 8
+    assert model[0].seen is first
+    assert first.item() == 0
+    assert not model[1].running_mean.any()

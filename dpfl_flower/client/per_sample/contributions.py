@@ -25,6 +25,7 @@ from dpfl_flower.client.per_sample.full_precision import full_precision
 
 LARGEST_INPUT: Final = 2.0**80
 _CHUNK: Final = 1 << 22  # numbers of float64 at once: 32 MiB
+_DEVICE_CHUNK: Final = 1 << 26  # 512 MiB: each part takes a dozen kernels, whose launches add up
 
 
 class Contribution(ABC):
@@ -167,7 +168,8 @@ class Ghost(Contribution):
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         positions, wide = self._inputs.shape[1], self._inputs.shape[2]
         each = positions * (2 * positions + wide + self._gradients.shape[2])
-        size = max(1, _CHUNK // max(1, each))
+        chunk = _CHUNK if self._inputs.device.type == "cpu" else _DEVICE_CHUNK
+        size = max(1, chunk // max(1, each))
         for a, b in zip(
             torch.split(self._inputs, size), torch.split(self._gradients, size), strict=True
         ):
