@@ -67,11 +67,11 @@ class Outers(Contribution):
         joined = without(self._joined, dropped)
         gradients = joined[:, joined.shape[1] - sum(self._widths) :]
         scaled = gradients.t() * factors.to(joined.dtype)
-        of_biases = torch.split(scaled.sum(1), self._widths)
+        of_biases = scaled.sum(1).split_with_sizes(self._widths)
         sums = []
         with full_precision(scaled):
             for part, rows, bias in zip(
-                self._parts, torch.split(scaled, self._widths), of_biases, strict=True
+                self._parts, scaled.split_with_sizes(self._widths), of_biases, strict=True
             ):
                 sums.append(rows @ without(part.inputs, dropped))
                 if len(part.parameters) > 1:
