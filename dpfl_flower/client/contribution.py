@@ -11,9 +11,7 @@ True
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self, cast, final
 
@@ -54,34 +52,7 @@ __all__ = [
     "SumBound",
     "UpdateRequest",
     "contribution_for",
-    "masks_follow",
-    "under_masks",
 ]
-
-_masked: Final[ContextVar[int | None]] = ContextVar("masked", default=None)
-
-
-@contextmanager
-def under_masks(*, survivors: int) -> Iterator[None]:
-    """Tell the app that what it answers inside the block is masked before it leaves the node.
-
-    And in a sum of how many vectors at least this node lets it be unmasked, as far as it sees: at
-    least `Contribution.counts_on`.
-    """
-    before = _masked.set(survivors)
-    try:
-        yield
-    finally:
-        _masked.reset(before)
-
-
-def masks_follow() -> int | None:
-    """Return in a sum of how many vectors at least the answer that is being made is unmasked.
-
-    None where it is not masked at all before it leaves the node.
-    """
-    return _masked.get()
-
 
 _CLIP_NORM: Final = "clip-norm"
 _DITHER_SEED: Final = "dither-seed"

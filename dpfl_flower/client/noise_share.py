@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import Event, Gaussian, Ledger, PrivacyBudget, PrivacyUnit
 from dpfl_flower.client.awaiting import awaiting_noise
-from dpfl_flower.client.contribution import masks_follow
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer, app_failed
+from dpfl_flower.client.masked_answer import masks_follow
 from dpfl_flower.client.node_ledger import NodeLedger
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.layout import ArrayLayout

@@ -16,8 +16,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
-from dpfl_flower.client.contribution import contribution_for, under_masks
+from dpfl_flower.client.contribution import contribution_for
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
+from dpfl_flower.client.masked_answer import under_masks
 from dpfl_flower.client.secure_node import (
     as_node_error,
     contributed,

@@ -22,8 +22,9 @@ from dpfl_flower.client import (
     noise_share_mod,
 )
 from dpfl_flower.client.awaiting import request_awaiting_noise
-from dpfl_flower.client.contribution import NoisedSum, contribution_for, under_masks
+from dpfl_flower.client.contribution import NoisedSum, contribution_for
 from dpfl_flower.client.distributed_request import DistributedRequest
+from dpfl_flower.client.masked_answer import under_masks
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.distributed import DistributedPlan, design
 from dpfl_flower.quantize import centred, decoded
