@@ -2,10 +2,10 @@ import io
 
 import numpy as np
 import pytest
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.lib import format as npy
 
-from dpfl_flower.wire import read_array, write_array
+from dpfl_flower.wire import array_record, config_record, read_array, write_array
 
 
 def serialized(array, version=None):
@@ -95,3 +95,14 @@ def test_an_unknown_version_and_an_unknown_serialization_are_refused():
         read_array(Array("float64", (4,), "numpy.ndarray", good[:6] + b"\x09" + good[7:]))
     with pytest.raises(TypeError, match="stype='torch'"):
         read_array(Array("float64", (4,), "torch", good))
+
+
+@pytest.mark.parametrize("other", [ArrayRecord, ConfigRecord, MetricRecord, None])
+def test_a_record_of_another_kind_is_none_as_in_flowers_views(other):
+    content = RecordDict({} if other is None else {"it": other()})
+    assert config_record(content, "it") is content.config_records.get("it")
+    if other is ArrayRecord:
+        assert array_record(content, "it") is content.array_records["it"]
+    else:
+        with pytest.raises(KeyError, match="it"):
+            array_record(content, "it")

@@ -20,7 +20,6 @@ from dpfl_flower import checks, records
 from dpfl_flower.client.contribution import contribution_for
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, answer
 from dpfl_flower.client.secure_node import (
-    LONGEST_SECONDS,
     as_node_error,
     contributed,
     count_setting,
@@ -40,6 +39,7 @@ from dpfl_flower.secagg.ckks_messages import (
 from dpfl_flower.secagg.digits import DigitCode
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.messages import Stage
+from dpfl_flower.secagg.session import LONGEST_SECONDS
 from dpfl_flower.secagg.wire import from_config, to_config
 from dpfl_flower.wire import config_record, write_array
 

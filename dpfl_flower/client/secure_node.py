@@ -19,10 +19,10 @@ from dpfl_flower.client.errors import NodeError, NodeErrorCode, app_failed
 from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.journal import FileJournal, Journal, MemoryJournal, Progress
+from dpfl_flower.secagg.session import LONGEST_SECONDS
 from dpfl_flower.wire import config_record
 
 __all__ = [
-    "LONGEST_SECONDS",
     "as_node_error",
     "contributed",
     "count_setting",
@@ -31,9 +31,6 @@ __all__ = [
     "path_setting",
     "remember",
 ]
-
-LONGEST_SECONDS: Final = 7 * 24 * 3600.0
-"""No round may take longer."""
 
 _CODES: Final = {
     Refusal.MALFORMED: NodeErrorCode.MALFORMED_REQUEST,

@@ -150,9 +150,8 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def buffer_places(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return each buffer's module and name in it, for `restored_buffers`."""
-    modules = model.modules()
-    return [(module, name) for module in modules for name, _ in module.named_buffers(recurse=False)]
+    """Return each buffer's module and name in it, those that are None included."""
+    return [(module, name) for module in model.modules() for name in module._buffers]
 
 
 @contextlib.contextmanager
@@ -170,14 +169,15 @@ def restored_buffers(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """
     before = []
     for module, name in places:
-        buffer: Tensor = getattr(module, name)
-        before.append((module, name, buffer, buffer.detach().clone()))
+        buffer: Tensor | None = getattr(module, name)
+        value = None if buffer is None else buffer.detach().clone()
+        before.append((module, name, buffer, value))
     try:
         yield
     finally:
         with torch.no_grad():
             for module, name, buffer, value in before:
-                if buffer.shape == value.shape:
+                if buffer is not None and value is not None and buffer.shape == value.shape:
                     buffer.copy_(value)
                 setattr(module, name, buffer)  # where a forward pass put another in its place
 

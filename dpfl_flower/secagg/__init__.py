@@ -15,11 +15,12 @@ from dpfl_flower.secagg.modulus import bits_without_wrap, fewest_bits
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.round_plan import SecureSum
 from dpfl_flower.secagg.secagg_plus import SecAggPlus
-from dpfl_flower.secagg.session import Session
+from dpfl_flower.secagg.session import LONGEST_SECONDS, Session
 from dpfl_flower.secagg.terms import terms_of
 
 __all__ = [
     "CKKS",
+    "LONGEST_SECONDS",
     "Identity",
     "Refusal",
     "Refused",

@@ -12,7 +12,6 @@ is in `NodeRules` and in the errors named here; what that is worth is in docs/th
 
 import dataclasses
 import hmac
-from typing import Final
 
 import numpy as np
 
@@ -53,6 +52,7 @@ from dpfl_flower.secagg.node_checks import (
 )
 from dpfl_flower.secagg.node_state import HeldShares, NodeRules, NodeState, OpeningKey, Party
 from dpfl_flower.secagg.sealing import seal, unseal
+from dpfl_flower.secagg.session import LONGEST_SECONDS
 
 __all__ = [
     "NodeRules",
@@ -66,8 +66,6 @@ __all__ = [
     "share_keys",
     "unmask",
 ]
-
-_LONGEST_SECONDS: Final = 7 * 24 * 3600.0
 
 
 def advertise(
@@ -95,7 +93,7 @@ def advertise(
     rng = rng or secure()
     if request.server_round < 1 or request.width < 1:
         raise Refused(Refusal.MALFORMED, f"{request!r} must have positive round and width")
-    if not 0 < request.seconds <= _LONGEST_SECONDS:
+    if not 0 < request.seconds <= LONGEST_SECONDS:
         raise Refused(Refusal.MALFORMED, f"{request!r} has seconds out of range")
     try:
         encoding_of(request.bits, request.lanes)

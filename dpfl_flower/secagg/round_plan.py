@@ -20,7 +20,7 @@ from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.lanes import encoding_of
 from dpfl_flower.secagg.session import Session
 
-__all__ = ["RoundPlan", "SecureSum"]
+__all__ = ["RoundPlan", "SecureSum", "Session", "check_threshold", "is_count", "t_of"]
 
 
 def is_count(threshold: object) -> bool:
@@ -28,9 +28,14 @@ def is_count(threshold: object) -> bool:
     return isinstance(threshold, Integral) and int(threshold) > 1  # True is 1
 
 
-def t_of(threshold: float, count: int) -> int:
-    """Return how many of ``count`` neighbours a threshold asks for."""
-    return int(threshold) if is_count(threshold) else math.ceil(threshold * count - 1e-9)
+def t_of(threshold: float, count: int, *, colluders: int) -> int:
+    """Return t for k neighbours: what is asked for, and at least what ``2 t > k + c`` needs."""
+    asked = int(threshold) if is_count(threshold) else math.ceil(threshold * count - 1e-9)
+    return max(asked, _least(count, colluders))
+
+
+def _least(count: int, colluders: int) -> int:
+    return (count + colluders) // 2 + 1
 
 
 def check_threshold(threshold: float) -> None:
@@ -129,9 +134,8 @@ class RoundPlan:
         RoundAbandoned
             If no t <= count fulfils ``2 t > count + colluders``.
         """
-        least = (count + self.colluders) // 2 + 1
-        threshold = max(t_of(self.threshold, count), least)
-        if least <= count < threshold:
+        threshold = t_of(self.threshold, count, colluders=self.colluders)
+        if _least(count, self.colluders) <= count < threshold:
             raise RoundAbandoned(
                 f"{count} neighbours have {count} shares, threshold={self.threshold} are needed"
             )

@@ -119,7 +119,7 @@ class SecAggPlus(SecureAggregation):
         count = population - 1 if self.neighbours is None else min(self.neighbours, population - 1)
         if not self.rosters:
             return 1 + count
-        return 1 + max(t_of(self.threshold, count), (count + self.colluders) // 2 + 1)
+        return 1 + t_of(self.threshold, count, colluders=self.colluders)
 
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round among ``population`` nodes could ever end well."""

@@ -8,10 +8,14 @@ False
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 from dpfl_flower import checks
 
-__all__ = ["Session", "node_bytes"]
+__all__ = ["LONGEST_SECONDS", "Session", "node_bytes"]
+
+LONGEST_SECONDS: Final = 7 * 24 * 3600.0
+"""No round may take longer: nodes refuse one that says so, and forget what they keep of it."""
 
 _PROTOCOL = b"dpfl-flower secagg 2\0"
 _MAX_ID = 2**64 - 1

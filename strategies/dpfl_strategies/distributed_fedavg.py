@@ -23,7 +23,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan, ShareNoise
-from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
+from dpfl_flower.secagg import LONGEST_SECONDS, SecureAggregation, Session, SumRequest, terms_of
 from dpfl_strategies.distributed_design import DistributedDesign, unit_sampling_rate
 from dpfl_strategies.distributed_report import DistributedReport
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
@@ -45,7 +45,6 @@ from dpfl_strategies.secure_round import SecureRound
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
 _STAGES = 5
-_LONGEST_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ class DistributedDPFedAvg(NobodyEvaluates):
             nodes=nodes,
             width=run.plan.grid.padded,
             bits=run.plan.grid.bits,
-            seconds=min(_LONGEST_SECONDS, _STAGES * self._stage_seconds),
+            seconds=min(LONGEST_SECONDS, _STAGES * self._stage_seconds),
         )
         exchange = SecureRound(self._secure, wanted, task)
         self._open = _OpenRound(request, reference, exchange, len(nodes))

@@ -21,6 +21,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.client.contribution import SumBound
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
 from dpfl_flower.secagg import (
+    LONGEST_SECONDS,
     SecureAggregation,
     Session,
     SumRequest,
@@ -38,7 +39,6 @@ from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, We
 __all__ = ["SecureGathering"]
 
 _STAGES: Final = 5
-_LONGEST_SECONDS: Final = 7 * 24 * 3600.0
 
 
 @final
@@ -162,7 +162,7 @@ class SecureGathering(Gathering):
             width=self._width,
             bits=self._encoding.bits,
             lanes=self._encoding.lanes,
-            seconds=min(_LONGEST_SECONDS, _STAGES * self.stage_seconds),
+            seconds=min(LONGEST_SECONDS, _STAGES * self.stage_seconds),
             largest=self._largest,
         )
         self._round = SecureRound(self._secure, request, task)

@@ -140,3 +140,18 @@ def test_an_autocast_around_the_round_rounds_nothing_that_is_summed(engine):
             after, _, _ = client.fit(before, {})
         moved.append([b - a for a, b in zip(before, after, strict=True)])
     assert all((a == b).all() for a, b in zip(*moved, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["the clip", "the model"])
+def test_what_is_changed_after_the_clipper_was_built_is_refused_too(changed):
+    model = mlp()
+    batch = [torch.ones(2, 5), torch.tensor([0, 1])]
+    with per_example_clipper(model, CROSS_ENTROPY, clip_norm=C, engine="ghost") as clipper:
+        clipper.clipped_sum(batch)
+        if changed == "the clip":
+            clipper.clip = Clip(C, ClipStyle.PER_LAYER)
+        else:
+            model.bfloat16()
+            batch[0] = batch[0].bfloat16()
+        with pytest.raises(ModelRefused, match="engine='ghost' must be another one"):
+            clipper.clipped_sum(batch)

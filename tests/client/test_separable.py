@@ -294,9 +294,10 @@ class Remembering(nn.Module):
         super().__init__()
         self.linear = nn.Linear(2, 1)
         self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("last", None)
 
     def forward(self, x):
-        self.seen = self.seen + x.sum()
+        self.seen, self.last = self.seen + x.sum(), x
         return self.linear(x)
 
 
@@ -307,5 +308,6 @@ def test_a_buffer_that_is_replaced_is_given_back():
         model(torch.ones(4, 2))
         assert model[0].seen.item() == 8
     assert model[0].seen is first
+    assert model[0].last is None
     assert first.item() == 0
     assert not model[1].running_mean.any()

@@ -61,7 +61,6 @@ REFUSED = ("complex", "missing array", "bytes of no array", "no array record", "
 
 class TestTheLedgerOfDistributedNoise(DistributedSubject, ChargeBeforeRelease):
     bits = 16
-    kills = 30  # each takes twice as long: nodes charge and mask as well
 
 
 class FreshShares(DistributedSubject, FreshNoise):

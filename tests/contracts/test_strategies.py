@@ -20,9 +20,6 @@ class TestDPFedAvg(StrategyContract):
 
 
 class TestDPFedAvgAdaptive(AdaptiveClippingContract, StrategyContract):
-    samplings = frozenset({"poisson"})  # who is drawn does not depend on the clipping
-    kills = 25
-
     def strategy(self, **settings):
         return self.strategy_with(AdaptiveClipping(initial=self.clip_norm), **settings)
 
