@@ -34,10 +34,12 @@ MAX_ROUNDS: Final = "max-rounds"
 CLIP_NORM: Final = "dpfl-flower.clip-norm"
 
 # Secure aggregation: what travels in a ConfigRecord, the masked vector in an ArrayRecord, and what
-# a node keeps of the round in its state. The update asked for is a ConfigRecord of its own.
+# a node keeps of the round in its state. What is asked for, an update or a part of a weighted mean,
+# is a ConfigRecord of its own.
 SECAGG: Final = "secagg"
 MASKED: Final = "masked"
 UPDATE: Final = "update"
+AVERAGE: Final = "average"
 SECAGG_STATE: Final = "dpfl-flower.secagg.state"
 SECAGG_PROGRESS: Final = "dpfl-flower.secagg.progress"
 SECAGG_MIN_COHORT: Final = "secagg-min-cohort"

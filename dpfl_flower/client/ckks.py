@@ -145,8 +145,8 @@ def _encrypt(
     contribution = contribution_for(
         message.content, context.node_config, width=request.width, bits=request.bits
     )
-    vector = contributed(contribution, message, context, call_next, width=request.width)
-    reply = encode(Encrypted(key=key.fingerprint), key.encrypt(code.encode(vector)))
+    made = contributed(contribution, message, context, call_next, width=request.width)
+    reply = encode(Encrypted(key=key.fingerprint), key.encrypt(code.encode(made.vector)))
     context.state[records.CKKS_STATE] = to_config(
         _Round(
             server_round=request.server_round,
@@ -156,7 +156,7 @@ def _encrypt(
             expires=time.time() + request.seconds,
         )
     )
-    return Message(reply, reply_to=message)
+    return Message(made.beside(reply), reply_to=message)
 
 
 def _decrypt(

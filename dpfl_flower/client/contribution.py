@@ -10,7 +10,6 @@ of the noise already is another kind.
 True
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self, cast, final
@@ -20,6 +19,7 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
+from dpfl_flower.client.contribution_base import LARGEST, PARTIES, Contribution, SumBound
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import (
@@ -29,12 +29,12 @@ from dpfl_flower.client.grid_fields import (
     integer,
     number,
 )
+from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.policy import NodePolicy
+from dpfl_flower.client.public_claim import public_claim
+from dpfl_flower.client.weighted_update import WeightedUpdate
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
-from dpfl_flower.secagg import fewest_bits
-from dpfl_flower.secagg.encoding import Integers
-from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
 from dpfl_flower.wire import (
     answered_arrays,
     answered_metrics,
@@ -57,43 +57,6 @@ __all__ = [
 _CLIP_NORM: Final = "clip-norm"
 _DITHER_SEED: Final = "dither-seed"
 _W_MAX: Final = "w-max"
-_LARGEST: Final = "largest"
-_PARTIES: Final = "parties"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SumBound:
-    """What keeps the sum from wrapping around.
-
-    Attributes
-    ----------
-    largest : int
-        No entry of a node's vector is larger in absolute value.
-    parties : int
-        No more vectors are summed.
-    """
-
-    largest: int
-    parties: int
-
-    def check(self, bits: int, lanes: int = 1) -> None:
-        """Raise ValueError unless ``parties`` such vectors fit ``bits`` in so many lanes."""
-        needed = fewest_bits(self.largest, self.parties)
-        if bits < needed:
-            raise ValueError(f"bits={bits!r} must be >= {needed}, or the sum could wrap around")
-        if lanes == SPLIT_LANES and self.parties > SPLIT_PARTIES:
-            raise ValueError(
-                f"parties={self.parties!r} must be <= {SPLIT_PARTIES} with lanes={lanes!r}"
-            )
-
-    def to_config(self) -> ConfigRecord:
-        """Return the bound as it travels."""
-        return ConfigRecord({_LARGEST: self.largest, _PARTIES: self.parties})
-
-    @classmethod
-    def from_config(cls, record: Mapping[str, object]) -> Self:
-        """Read a bound; ValueError when a field is missing or of another type."""
-        return cls(largest=integer(record, _LARGEST), parties=integer(record, _PARTIES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +95,8 @@ class UpdateRequest(SumBound):
                 **grid_to_fields(self.grid),
                 _CLIP_NORM: float(self.clip_norm),
                 _W_MAX: float(self.w_max),
-                _LARGEST: self.largest,
-                _PARTIES: self.parties,
+                LARGEST: self.largest,
+                PARTIES: self.parties,
             }
         )
         if self.dither_seed is not None:
@@ -143,7 +106,7 @@ class UpdateRequest(SumBound):
     @classmethod
     def from_config(cls, record: Mapping[str, object]) -> Self:
         """Read a request and check all of it; ValueError for what does not fit."""
-        known = GRID_FIELDS | {_CLIP_NORM, _DITHER_SEED, _W_MAX, _LARGEST, _PARTIES}
+        known = GRID_FIELDS | {_CLIP_NORM, _DITHER_SEED, _W_MAX, LARGEST, PARTIES}
         if unknown := record.keys() - known:
             raise ValueError(f"unknown fields {sorted(unknown)}")
         return cls(
@@ -151,36 +114,9 @@ class UpdateRequest(SumBound):
             clip_norm=number(record, _CLIP_NORM),
             dither_seed=cast("bytes | None", record.get(_DITHER_SEED)),
             w_max=number(record, _W_MAX),
-            largest=integer(record, _LARGEST),
-            parties=integer(record, _PARTIES),
+            largest=integer(record, LARGEST),
+            parties=integer(record, PARTIES),
         )
-
-
-class Contribution(ABC):
-    """What a node makes of its app's answer.
-
-    ``task`` is what the app is asked: the request's records without those of the protocol.
-    """
-
-    @property
-    @abstractmethod
-    def task(self) -> RecordDict:
-        """The records that the app is called with."""
-
-    @property
-    def counts_on(self) -> int:
-        """In a sum of how many vectors at least this one may be; 0: as many as the node says."""
-        return 0
-
-    @abstractmethod
-    def vector(self, answer: RecordDict) -> Integers:
-        """Return the vector to be masked, shape ``(width,)``.
-
-        Raises
-        ------
-        NodeError
-            MALFORMED_REPLY where the answer does not fit what was asked.
-        """
 
 
 @final
@@ -231,23 +167,41 @@ class BoundedUpdate(Contribution):
 
 @final
 class IntegerSum(Contribution):
-    """The node holds many units and its app answers their bounded integer sum already.
+    """What is inside answers an integer sum already: of a node's units, or with all of its noise.
 
     Parameters
     ----------
     bound : SumBound
     task : RecordDict
-        With the `CohortRequest`, which the app reads itself.
+        With the `CohortRequest`, which the app reads itself, or the `LocalRequest`, which
+        `local_noise_mod` reads.
+    claimed : bool
+        Whether the answer must hold a privacy claim, which goes along.
     """
 
-    def __init__(self, bound: SumBound, task: RecordDict) -> None:
+    def __init__(self, bound: SumBound, task: RecordDict, *, claimed: bool = False) -> None:
         self._bound = bound
         self._task = task
+        self._claimed = claimed
+
+    @classmethod
+    def with_noise(cls, bound: SumBound, task: RecordDict, request: LocalRequest) -> Self:
+        """Return the sum that `request` asks for; ValueError where the bound is below its own."""
+        least = request.grid.sensitivity_units + request.largest_noise
+        if bound.largest < least:
+            raise ValueError(
+                f"largest={bound.largest!r} must be >= {least}, one unit and the largest noise"
+            )
+        return cls(bound, task, claimed=True)
 
     @property
     def task(self) -> RecordDict:
-        """The model, the cohort's request and the app's config."""
+        """The model, the request and the app's config."""
         return self._task
+
+    def claim(self, answer: RecordDict) -> ConfigRecord | None:
+        """Return the claim that goes along; NodeError where one must and there is none."""
+        return public_claim(answer) if self._claimed else None
 
     def vector(self, answer: RecordDict) -> NDArray[np.int64]:
         """Return the node's sum."""
@@ -339,7 +293,7 @@ def contribution_for(
     NodeError
         MALFORMED_REQUEST, POLICY_REFUSED.
     """
-    own = {records.SECAGG, records.UPDATE}
+    own = {records.SECAGG, records.UPDATE, records.AVERAGE}
     task = RecordDict({name: record for name, record in content.items() if name not in own})
     try:
         if (shares := config_record(content, records.DISTRIBUTED)) is not None:
@@ -359,12 +313,17 @@ def contribution_for(
                     "and this node: a higher threshold of secure aggregation makes more certain",
                 )
             return NoisedSum(asked, task)
+        if (averaged := config_record(content, records.AVERAGE)) is not None:
+            return WeightedUpdate.asked(averaged, task, width=width, bits=bits, lanes=lanes)
         if (record := config_record(content, records.UPDATE)) is None:
             raise KeyError(records.UPDATE)
-        if config_record(content, records.COHORT) is not None:
+        local = config_record(content, records.LOCAL)
+        if local is not None or config_record(content, records.COHORT) is not None:
             bound = SumBound.from_config(record)
             bound.check(bits, lanes)
-            return IntegerSum(bound, task)
+            if local is None:
+                return IntegerSum(bound, task)
+            return IntegerSum.with_noise(bound, task, LocalRequest.from_config(local))
         request = UpdateRequest.from_config(record)
         request.check(bits, lanes)
         if request.grid.width != width:

@@ -50,6 +50,9 @@ _FIELDS: Final = frozenset(
     }
 )
 
+_REACH: Final = 96
+"""Beyond so many scales no sampler's table has an entry."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRequest:
@@ -91,6 +94,11 @@ class LocalRequest:
     def grid(self) -> IntegerGrid:
         """The integers of the round; ValueError where none are fine enough."""
         return self.noise.grid(self.dimension)
+
+    @property
+    def largest_noise(self) -> int:
+        """No entry of the noise is larger in absolute value, in units of the grid."""
+        return _REACH * self.grid.noise_units
 
     @property
     def budget(self) -> PrivacyBudget | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, cast
 
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
@@ -55,9 +55,11 @@ def secure_aggregation_mod(
 ) -> Message:
     """Answer all stages of secure aggregation; the app is called for the masked vector only.
 
-    Only that vector leaves: counts, weights and metrics of the app's answer stay on the node. A
-    train message that is no stage of the protocol is refused, so that no server gets the plain
-    answer by asking without. Messages of other kinds pass.
+    Only that vector leaves: counts, weights and metrics of the app's answer stay on the node. Where
+    the app adds all of its own noise (`DPSGDClient`, `local_noise_mod`), its privacy claim goes
+    along in clear, and without a claim that can be read nothing leaves. A train message that is no
+    stage of the protocol is refused, so that no server gets the plain answer by asking without.
+    Messages of other kinds pass.
 
     The node's own config decides what it insists on: ``secagg-min-cohort`` (3), the fewest nodes
     that it is summed with; ``secagg-colluders`` (0); ``secagg-identity`` and ``secagg-roster``,
@@ -118,12 +120,12 @@ def _answer(message: Message, context: Context, call_next: ClientAppCallable) ->
     remember(context, journal.progress)
     # From here on the stage counts as answered, and whatever fails ends the round for this node.
     state = _take_state(context)
-    reply, state = _stage(request, state, rules, message, context, call_next)
+    content, state = _stage(request, state, rules, message, context, call_next)
     if state is not None:
         context.state[records.SECAGG_STATE] = ConfigRecord(
             {"expires": state.expires, _STATE: to_bytes(state)}
         )
-    return Message(encode(reply), reply_to=message)
+    return Message(content, reply_to=message)
 
 
 def _stage(
@@ -133,24 +135,24 @@ def _stage(
     message: Message,
     context: Context,
     call_next: ClientAppCallable,
-) -> tuple[Reply, NodeState | None]:
+) -> tuple[RecordDict, NodeState | None]:
     reply: Reply
     if isinstance(request, AdvertiseRequest):
         party = Party(run_id=context.run_id, node_id=context.node_id)
         state, reply = node.advertise(request, party, rules, now=time.time())
-        return reply, state
+        return encode(reply), state
     if state is None or state.server_round != request.server_round:
         raise Refused(Refusal.OUT_OF_ORDER, "this node is not, or no longer, part of the round")
     if isinstance(request, ShareRequest):
         state, reply = node.share_keys(state, request, rules)
     elif isinstance(request, MaskRequest):
         state = node.accept_shares(state, request, rules)
-        state, reply = _mask(state, rules, message, context, call_next)
+        return _mask(state, rules, message, context, call_next)
     elif isinstance(request, AcknowledgeRequest):
         state, reply = node.acknowledge(state, request, rules)
     else:
-        return node.unmask(state, request, rules), None
-    return reply, state
+        return encode(node.unmask(state, request, rules)), None
+    return encode(reply), state
 
 
 def _mask(
@@ -159,7 +161,7 @@ def _mask(
     message: Message,
     context: Context,
     call_next: ClientAppCallable,
-) -> tuple[NodeState, Reply]:
+) -> tuple[RecordDict, NodeState]:
     if terms_of(message.content) != state.terms:
         raise Refused(
             Refusal.MALFORMED, "the terms of the sum are not those that the round began with"
@@ -176,8 +178,9 @@ def _mask(
     # The shares of a noised sum count on each other: this node lets no smaller one be unmasked.
     state = node.count_on(state, contribution.counts_on, rules)
     with under_masks(survivors=max(rules.min_cohort, state.counted_on)):
-        vector = contributed(contribution, message, context, call_next, width=state.width)
-    return node.mask(state, vector)
+        made = contributed(contribution, message, context, call_next, width=state.width)
+    state, reply = node.mask(state, made.vector)
+    return made.beside(encode(reply)), state
 
 
 def _take_state(context: Context) -> NodeState | None:

@@ -7,14 +7,15 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from dpfl_flower import records
-from dpfl_flower.client.contribution import Contribution
+from dpfl_flower.client.contribution_base import Contribution
 from dpfl_flower.client.errors import NodeError, NodeErrorCode, app_failed
 from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.errors import Refusal, Refused
@@ -23,6 +24,7 @@ from dpfl_flower.secagg.session import LONGEST_SECONDS
 from dpfl_flower.wire import config_record
 
 __all__ = [
+    "Contributed",
     "as_node_error",
     "contributed",
     "count_setting",
@@ -46,6 +48,29 @@ _CODES: Final = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Contributed:
+    """What a node's answer became.
+
+    Attributes
+    ----------
+    vector : int32 or int64 array, shape (width,)
+        To be masked or encrypted.
+    claim : ConfigRecord or None
+        The privacy claim that travels beside it in clear, where one must.
+    """
+
+    vector: Integers
+    claim: ConfigRecord | None
+
+    def beside(self, protected: RecordDict) -> RecordDict:
+        """Return the protocol's records with the claim, and nothing else of the answer."""
+        content = RecordDict(dict(protected))
+        if self.claim is not None:
+            content[records.PRIVACY] = self.claim
+        return content
+
+
 def as_node_error(refused: Refused) -> NodeError:
     """Return the error that a node answers a refusal with."""
     return NodeError(_CODES[refused.reason], str(refused))
@@ -58,8 +83,8 @@ def contributed(
     call_next: ClientAppCallable,
     *,
     width: int,
-) -> Integers:
-    """Call the app and return the vector, shape ``(width,)``, that its answer makes.
+) -> Contributed:
+    """Call the app and return the vector, shape ``(width,)``, that its answer makes, and its claim.
 
     Raises
     ------
@@ -71,13 +96,14 @@ def contributed(
     answered = call_next(message, context)
     if answered.has_error():
         raise app_failed(answered.error.code)
+    claim = contribution.claim(answered.content)
     vector = contribution.vector(answered.content)
     if vector.shape != (width,):
         raise NodeError(
             NodeErrorCode.MALFORMED_REPLY,
             f"the app's vector has shape {vector.shape}, must be {(width,)}",
         )
-    return vector
+    return Contributed(vector, claim)
 
 
 def journal_of(context: Context) -> Journal:

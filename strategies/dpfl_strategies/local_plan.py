@@ -40,9 +40,6 @@ __all__ = ["LocalPlan", "claim_covers", "noise_of_run", "noise_settings"]
 
 _NOISE_MULTIPLIER: Final = "noise_multiplier"
 
-_REACH: Final = 96
-"""Beyond so many scales no sampler's table has an entry."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPlan:
@@ -171,9 +168,7 @@ class LocalPlan:
         """Return what no entry of an honest answer exceeds."""
         grid = request.grid
         units = 1 if self.request.unit is PrivacyUnit.NODE else self.request.sampling.population
-        return min(
-            units * grid.sensitivity_units + _REACH * grid.noise_units, 2**62 // self.num_nodes
-        )
+        return min(units * grid.sensitivity_units + request.largest_noise, 2**62 // self.num_nodes)
 
     def fixed(self, num_rounds: int) -> dict[str, str]:
         """Return what may not change between the parts of a resumed run."""
