@@ -30,24 +30,28 @@ class KeyPair:
     ----------
     private : bytes
         32 uniform bytes.
+    public : bytes, optional
+        The public key that belongs to it, where it is known: to work it out takes as long as to
+        agree on a key.
     """
 
     private: bytes = field(repr=False)
-    public: bytes = field(init=False)
+    public: bytes = b""
     _key: X25519PrivateKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         key = X25519PrivateKey.from_private_bytes(self.private)
         object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "public", key.public_key().public_bytes_raw())
+        if not self.public:
+            object.__setattr__(self, "public", key.public_key().public_bytes_raw())
 
     @classmethod
     def generate(cls, rng: RandomSource) -> Self:
         """Return a fresh pair."""
         return cls(rng.random_bytes(32))
 
-    def agree(self, public: bytes, *labels: bytes, length: int = 32) -> tuple[bytes, ...]:
-        """Return the keys of ``length`` bytes that both ends derive, one for each label.
+    def agree(self, public: bytes, label: bytes, *, length: int = 32) -> bytes:
+        """Return ``length`` bytes that both ends derive, and nobody else can; fewer are a prefix.
 
         Raises
         ------
@@ -56,10 +60,7 @@ class KeyPair:
         """
         secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
         ends = b"".join(sorted((self.public, public)))
-        return tuple(
-            HKDF(SHA256(), length=length, salt=None, info=label + ends).derive(secret)
-            for label in labels
-        )
+        return HKDF(SHA256(), length=length, salt=None, info=label + ends).derive(secret)
 
 
 def is_usable(public: bytes) -> bool:

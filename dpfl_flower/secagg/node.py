@@ -12,6 +12,7 @@ is in `NodeRules` and in the errors named here; what that is worth is in docs/th
 
 import dataclasses
 import hmac
+from typing import Final
 
 import numpy as np
 
@@ -67,6 +68,8 @@ __all__ = [
     "unmask",
 ]
 
+_KEY: Final = 32  # bytes
+
 
 def advertise(
     request: AdvertiseRequest,
@@ -111,6 +114,8 @@ def advertise(
         expires=now + request.seconds,
         mask_private=masking.private,
         seal_private=sealing.private,
+        mask_public=masking.public,
+        seal_public=sealing.public,
     )
     identity, signature = b"", b""
     if rules.identity is not None:
@@ -136,8 +141,7 @@ def share_keys(
     """
     rng = rng or secure()
     peers = tuple(sorted(request.peers, key=lambda peer: peer.node_id))
-    masking, sealing = KeyPair(state.mask_private), KeyPair(state.seal_private)
-    check_keys(state, peers, own=(masking.public, sealing.public))
+    check_keys(state, peers)
     members = roster_members(state, peers, rules)
     check_cohort(rules, members)
     threshold, count = request.threshold, len(peers)
@@ -150,20 +154,28 @@ def share_keys(
             f"threshold={threshold}: its double must be > {count} neighbours + {strangers} not on "
             f"the roster + {rules.colluders} colluders",
         )
+    sealing = KeyPair(state.seal_private, state.seal_public)
     seed = rng.random_bytes(shamir.SECRET_BYTES)
     seed_shares = shamir.split(seed, threshold=threshold, count=count, rng=rng)
     key_shares = shamir.split(state.mask_private, threshold=threshold, count=count, rng=rng)
     sealed, opening, shown, expected = [], [], [], []
+    no_roster = rules.roster is None
     for peer, seed_share, key_share in zip(peers, seed_shares, key_shares, strict=True):
+        pair = state.session.pair_label("seal", state.node_id, peer.node_id)
+        keys = _agree(sealing, peer.seal_key, pair, length=2 * _KEY if no_roster else 4 * _KEY)
+        # Each direction, the one from the smaller id first, has a key to seal with; and a token to
+        # prove later that this pair's mask is in a vector, which only a roster gives a meaning.
+        out, into = (0, _KEY) if state.node_id < peer.node_id else (_KEY, 0)
         label = state.session.label("seal", state.node_id, peer.node_id)
-        back = state.session.label("seal", peer.node_id, state.node_id)
-        # 32 bytes to seal with, 32 to prove later that this pair's mask is in a vector.
-        out, into = _agree(sealing, peer.seal_key, label, back, length=64)
         plain = seed_share + key_share
-        sealed.append(Sealed(node_id=peer.node_id, sealed=seal(out[:32], plain, label, rng)))
-        opening.append(OpeningKey(node_id=peer.node_id, key=into[:32]))
-        shown.append(Token(node_id=peer.node_id, token=out[32:]))
-        expected.append(Token(node_id=peer.node_id, token=into[32:]))
+        sealed.append(
+            Sealed(node_id=peer.node_id, sealed=seal(keys[out:][:_KEY], plain, label, rng))
+        )
+        opening.append(OpeningKey(node_id=peer.node_id, key=keys[into:][:_KEY]))
+        if not no_roster:
+            tokens = keys[2 * _KEY :]
+            shown.append(Token(node_id=peer.node_id, token=tokens[out:][:_KEY]))
+            expected.append(Token(node_id=peer.node_id, token=tokens[into:][:_KEY]))
     shared = dataclasses.replace(
         state,
         seed=seed,
@@ -171,8 +183,8 @@ def share_keys(
         peers=peers,
         members=members,
         opening=tuple(opening),
-        shown=tuple(shown) if rules.roster is not None else (),
-        expected=tuple(expected) if rules.roster is not None else (),
+        shown=tuple(shown),
+        expected=tuple(expected),
         seal_private=b"",
     )
     seal_of_seed = commitment(seed, state.session.label("commit", state.node_id))
@@ -245,12 +257,12 @@ def mask(state: NodeState, vector: Integers) -> tuple[NodeState, Masked]:
         )
     encoding = encoding_of(state.bits, state.lanes)
     words = encoding.words(vector)
-    masking = KeyPair(state.mask_private)
+    masking = KeyPair(state.mask_private, state.mask_public)
     public = {peer.node_id: peer.mask_key for peer in state.peers}
     add, subtract = [state.seed], list[bytes]()
     for peer in state.sharers:
-        label = state.session.pair_label(state.node_id, peer)
-        (subtract if state.node_id < peer else add).extend(_agree(masking, public[peer], label))
+        label = state.session.pair_label("mask", state.node_id, peer)
+        (subtract if state.node_id < peer else add).append(_agree(masking, public[peer], label))
     apply_masks(words, add=add, subtract=subtract)
     kept = dataclasses.replace(
         state, seed=b"", mask_private=b"", peers=_without_keys(state), shown=()
@@ -322,9 +334,9 @@ def unmask(state: NodeState, request: UnmaskRequest, rules: NodeRules) -> Unmask
     )
 
 
-def _agree(own: KeyPair, public: bytes, *labels: bytes, length: int = 32) -> tuple[bytes, ...]:
+def _agree(own: KeyPair, public: bytes, label: bytes, *, length: int = _KEY) -> bytes:
     try:
-        return own.agree(public, *labels, length=length)
+        return own.agree(public, label, length=length)
     except ValueError as error:
         raise Refused(Refusal.MALFORMED, "a peer's key is no usable X25519 key") from error
 

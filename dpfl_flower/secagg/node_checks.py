@@ -15,9 +15,9 @@ from dpfl_flower.secagg.roster import Roster
 from dpfl_flower.secagg.session import Session, node_bytes
 
 
-def check_keys(state: NodeState, peers: Iterable[PeerKeys], own: tuple[bytes, bytes]) -> None:
+def check_keys(state: NodeState, peers: Iterable[PeerKeys]) -> None:
     """Refuse a peer that is named twice, or has a key that is another's, or this node's own."""
-    seen_ids, seen_keys = {state.node_id}, set(own)
+    seen_ids, seen_keys = {state.node_id}, {state.mask_public, state.seal_public}
     identities: set[bytes] = set()
     for peer in peers:
         if peer.node_id in seen_ids:

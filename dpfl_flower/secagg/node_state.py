@@ -88,6 +88,8 @@ class NodeState:
         Seconds since the epoch after which the round is over for this node.
     mask_private, seal_private, seed : bytes
         Its secrets; empty once they are of no more use.
+    mask_public, seal_public : bytes
+        The public keys that it advertised.
     peers : tuple of PeerKeys
         Its neighbours; ``sharers`` are those whose masks are in the masked vector.
     members : tuple of int
@@ -113,6 +115,8 @@ class NodeState:
     expires: float
     mask_private: bytes = field(repr=False)
     seal_private: bytes = field(repr=False)
+    mask_public: bytes
+    seal_public: bytes
     seed: bytes = field(default=b"", repr=False)
     threshold: int = 0
     peers: tuple[PeerKeys, ...] = ()

@@ -330,9 +330,9 @@ class Unmasking(ServerStage):
         subtract = list(own_keys.values())
         for node, pair in pairs.items():
             for peer in masked.surviving_peers(node):
-                label = plan.bound_session.pair_label(node, peer)
+                label = plan.bound_session.pair_label("mask", node, peer)
                 # The survivor added it where its own id is the larger one.
-                (subtract if peer > node else add).extend(
+                (subtract if peer > node else add).append(
                     pair.agree(masked.keys[peer].mask_key, label)
                 )
         apply_masks(total, add=add, subtract=subtract)

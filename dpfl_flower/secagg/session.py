@@ -17,7 +17,7 @@ __all__ = ["LONGEST_SECONDS", "Session", "node_bytes"]
 LONGEST_SECONDS: Final = 7 * 24 * 3600.0
 """No round may take longer: nodes refuse one that says so, and forget what they keep of it."""
 
-_PROTOCOL = b"dpfl-flower secagg 2\0"
+_PROTOCOL = b"dpfl-flower secagg 3\0"
 _MAX_ID = 2**64 - 1
 
 
@@ -80,6 +80,6 @@ class Session:
         terms = hashlib.sha256(self.terms).digest()
         return node_bytes(self.run_id) + node_bytes(self.server_round) + terms
 
-    def pair_label(self, node_id: int, peer: int) -> bytes:
-        """Return the label of the mask that two nodes have in common, the same for both."""
-        return self.label("mask", *sorted((node_id, peer)))
+    def pair_label(self, purpose: str, node_id: int, peer: int) -> bytes:
+        """Return the label of what two nodes have in common, the same for both."""
+        return self.label(purpose, *sorted((node_id, peer)))

@@ -195,7 +195,14 @@ def _list(name: str, rest: dict[str, Any], kind: type[Any]) -> tuple[Any, ...]:
     found = rest.pop(name, None)
     if not isinstance(found, list):
         raise ValueError(f"{name}={type(found).__name__} must be a list")
+    if set(map(type, found)) <= {kind}:  # a list at a time, which is most of the work
+        if kind is bytes or (kind is int and _all_in_range(found)):
+            return tuple(found)
     return tuple(_value(name, item, kind) for item in found)
+
+
+def _all_in_range(integers: list[int]) -> bool:
+    return not integers or (min(integers) >= 0 and max(integers) <= _MAX_INT)
 
 
 def _value(name: str, value: object, kind: type[Any]) -> Any:

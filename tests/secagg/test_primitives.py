@@ -47,14 +47,18 @@ def test_agreement_is_x25519_then_hkdf_over_label_and_both_keys():
     ours = KeyPair(SCALAR)
     info = b"label" + b"".join(sorted((ours.public, POINT)))
     extracted = hmac(bytes(32), AGREED)  # RFC 5869, section 2.2
-    assert ours.agree(POINT, b"label") == (hmac(extracted, info + b"\x01"),)  # section 2.3
+    first = hmac(extracted, info + b"\x01")  # section 2.3
+    second = hmac(extracted, first + info + b"\x02")
+    assert ours.agree(POINT, b"label") == first
+    assert ours.agree(POINT, b"label", length=64) == first + second
 
 
 def test_both_ends_agree_and_another_label_gives_another_key():
     ours, theirs = (KeyPair.generate(secure()) for _ in range(2))
-    first, second = ours.agree(theirs.public, b"a", b"b")
-    assert (first, second) == theirs.agree(ours.public, b"a", b"b")
-    assert len({first, second, *ours.agree(POINT, b"a")}) == 3
+    first, second = (ours.agree(theirs.public, label) for label in (b"a", b"b"))
+    assert (first, second) == tuple(theirs.agree(ours.public, label) for label in (b"a", b"b"))
+    assert len({first, second, ours.agree(POINT, b"a")}) == 3
+    assert KeyPair(ours.private, ours.public) == ours
 
 
 @pytest.mark.parametrize("point", [bytes(32), b"\x01" + bytes(31), bytes(31), b""])
@@ -78,14 +82,14 @@ def test_labels_tell_run_round_terms_packing_purpose_and_direction_apart():
         for parties in ((1, 2), (2, 1), (1,), ())
     ]
     assert len(set(labels)) == len(labels)
-    assert Session(1, 1).pair_label(5, 3) == Session(1, 1).pair_label(3, 5)
+    assert Session(1, 1).pair_label("mask", 5, 3) == Session(1, 1).pair_label("mask", 3, 5)
     assert commitment(bytes(32), b"a") != commitment(bytes(32), b"b")
     told = [
         session.of_words(*words)
         for session in (Session(1, 1), Session(1, 1, b"a"), Session(1, 1, b"b"), Session(2, 1))
         for words in ((4, 32, 1), (5, 32, 1), (4, 64, 1), (4, 21, 3))
     ]
-    for made in (lambda it: it.label("seal", 1, 2), lambda it: it.pair_label(1, 2)):
+    for made in (lambda it: it.label("seal", 1, 2), lambda it: it.pair_label("mask", 1, 2)):
         assert len({made(session) for session in told}) == len(told)
     with pytest.raises(ValueError, match="64 bits"):
         Session(2**64, 1)

@@ -46,8 +46,8 @@ def masked_by_node_1(bits, *, plain, skip=()):
     Modulus(bits).add_packed(words := Modulus(bits).zeros(WIDTH), packed)
     keys = {"own": state.seed} | {
         peer.node_id: node.KeyPair(state.mask_private).agree(
-            peer.mask_key, state.session.pair_label(1, peer.node_id)
-        )[0]
+            peer.mask_key, state.session.pair_label("mask", 1, peer.node_id)
+        )
         for peer in state.peers
     }
     for name in skip:
