@@ -87,7 +87,7 @@ class BoundedSum:
 
     @property
     def total(self) -> NDArray[np.int64]:
-        """The sum so far, a new array of length ``grid.width``; the indicator's sum comes last."""
+        """The sum so far, a new array of length ``grid.width``: updates, indicators, metrics."""
         total = self._total.copy()
         self._add_pending(total)
         return total
@@ -98,6 +98,7 @@ class BoundedSum:
         reference: Sequence[Array] | None = None,
         *,
         weight: float = 1.0,
+        metrics: Sequence[float] = (),
     ) -> NDArray[np.int32]:
         """Return what :meth:`add` would add: ``round(clip(weight * (values - reference)))``.
 
@@ -108,26 +109,32 @@ class BoundedSum:
         reference : sequence of floating arrays or None
             What to subtract, of the same sizes; None when ``values`` is the update already.
         weight : float
-            In [0, 1], applied before clipping.
+            In [0, 1], applied before clipping. Metrics are not weighted.
+        metrics : sequence of float, of length ``grid.num_metrics``
+            This unit's own, each as its place in [-1, 1]: clipped to that, and 0 where it is not
+            finite.
 
         Returns
         -------
         int32 array, shape (grid.width,)
             No entry exceeds the bound, which is at most 2^26: to be summed as int64. All zeros when
-            an entry of the difference, or its norm, is not finite.
+            an entry of the difference, or its norm, is not finite: metrics included.
 
         Raises
         ------
         ValueError
-            When the weight is out of range or the arrays do not fit the grid.
+            When the weight is out of range, or arrays or metrics do not fit the grid.
         """
         grid = self._grid
         vector = np.empty(grid.width, np.int32)
+        places = self._metric_integers(metrics)
         work, indicator = self._integers(values, reference, weight, pending=None)
         integers = 0 if work is None else work.values
         np.copyto(vector[: grid.dimension], integers, casting="unsafe")
         if grid.indicator_units:
-            vector[-1] = indicator
+            vector[grid.dimension] = indicator
+        if places is not None:
+            vector[-places.size :] = 0 if work is None else places
         return vector
 
     def add(
@@ -136,9 +143,11 @@ class BoundedSum:
         reference: Sequence[Array] | None = None,
         *,
         weight: float = 1.0,
+        metrics: Sequence[float] = (),
     ) -> None:
         """Add one unit's contribution; parameters and errors as for :meth:`contribution`."""
         grid = self._grid
+        places = self._metric_integers(metrics)
         pending = self._room_for_one()
         work, indicator = self._integers(values, reference, weight, pending=pending)
         self._pending_units += 1
@@ -146,7 +155,22 @@ class BoundedSum:
             for where, block in zip(kernels.blocks(grid.dimension), work.blocks, strict=True):
                 self._total[where] += block.values.astype(np.int64)
         if grid.indicator_units:
-            self._total[-1] += indicator
+            self._total[grid.dimension] += indicator
+        if places is not None and work is not None:
+            self._total[-places.size :] += places
+
+    def _metric_integers(self, metrics: Sequence[float]) -> NDArray[np.int64] | None:
+        """Return the metrics' integers, none above the grid's bound; None for a grid without."""
+        count, units = self._grid.num_metrics, self._grid.metric_units
+        if len(metrics) != count:
+            raise ValueError(f"metrics has {len(metrics)} entries, must be {count}, the grid's")
+        if not count:
+            return None
+        with np.errstate(all="ignore"):  # overflow and NaN have a defined outcome: zeros
+            places = np.asarray(metrics, np.float64)
+            integers = np.clip(np.rint(places * units), -units, units)
+        integers[~np.isfinite(places)] = 0
+        return integers.astype(np.int64)
 
     def _integers(
         self,

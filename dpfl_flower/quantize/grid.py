@@ -29,8 +29,11 @@ __all__ = ["IntegerGrid", "Rounding", "to_float"]
 _SMALLEST_NOISE_UNITS = 1 << 14
 _LARGEST_NOISE_UNITS = 1 << 17
 _CLIP_UNITS_WITHOUT_NOISE = float(1 << 24)
+_METRIC_UNITS_WITHOUT_NOISE = 1 << 20
 LARGEST_SENSITIVITY_UNITS = 1 << 26
 """Its square stays below 2^53, so that float64 sums of squares of integers are exact."""
+
+_LARGEST_SQUARED_BOUND = 1 << 53
 
 _HONEST_FAILURE = 1e-12
 """How often rounding may carry an honest unit of norm exactly C over the bound: it is shrunk."""
@@ -57,7 +60,7 @@ class IntegerGrid:
     Attributes
     ----------
     dimension : int
-        Length d of one unit's vector, without the indicator.
+        Length d of one unit's update: of its vector without the indicator and the metrics.
     noise_units : int
         Standard deviation s of the noise (its scale for Laplace noise); 0 for no noise.
     clip_units : float
@@ -70,6 +73,10 @@ class IntegerGrid:
         0: it sends no indicator.
     norm : Norm
     rounding : Rounding
+    num_metrics : int
+        m: how many bounded metrics a unit also sends, after the indicator.
+    metric_units : int
+        K_m: each of these is an integer of at most K_m in absolute value; 0 where there is none.
     """
 
     dimension: int
@@ -79,10 +86,13 @@ class IntegerGrid:
     indicator_units: int = 0
     norm: Norm = Norm.L2
     rounding: Rounding = Rounding.NEAREST
+    num_metrics: int = 0
+    metric_units: int = 0
 
     def __post_init__(self) -> None:
         checks.positive_int(dimension=self.dimension, sensitivity_units=self.sensitivity_units)
         checks.non_negative_int(noise_units=self.noise_units, indicator_units=self.indicator_units)
+        checks.non_negative_int(num_metrics=self.num_metrics, metric_units=self.metric_units)
         checks.positive(clip_units=self.clip_units)
         checks.at_most(LARGEST_SENSITIVITY_UNITS, sensitivity_units=self.sensitivity_units)
         checks.at_most(LARGEST_SENSITIVITY_UNITS, indicator_units=self.indicator_units)
@@ -91,17 +101,40 @@ class IntegerGrid:
         object.__setattr__(self, "rounding", checks.choice(Rounding, rounding=self.rounding))
         if self.indicator_units and self.norm is not Norm.L2:
             raise ValueError(f"indicator_units={self.indicator_units} must be 0 for norm=l1")
+        if self.num_metrics or self.metric_units:
+            self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        checks.positive_int(num_metrics=self.num_metrics, metric_units=self.metric_units)
+        if self.norm is not Norm.L2:
+            raise ValueError(f"num_metrics={self.num_metrics} must be 0 for norm=l1")
+        if self._squared_bound > _LARGEST_SQUARED_BOUND:
+            raise ValueError(
+                f"metric_units={self.metric_units} with num_metrics={self.num_metrics} must keep "
+                "the squared bound of the whole vector within 2^53"
+            )
+
+    @property
+    def _squared_bound(self) -> int:
+        """Of all that a unit sends."""
+        metrics = self.num_metrics * self.metric_units**2
+        return self.sensitivity_units**2 + self.indicator_units**2 + metrics
 
     @property
     def width(self) -> int:
-        """Length of what a unit sends: the dimension, plus one for the indicator."""
-        return self.dimension + (1 if self.indicator_units else 0)
+        """Length of what a unit sends: the update, the indicator if there is one, the metrics."""
+        return self.dimension + (1 if self.indicator_units else 0) + self.num_metrics
+
+    @property
+    def largest_entry(self) -> int:
+        """No entry of what a unit sends is larger in absolute value."""
+        return max(self.sensitivity_units, self.indicator_units, self.metric_units)
 
     @property
     def noise_multiplier(self) -> float:
-        """What the accounting charges: noise over the enforced bound of vector and indicator."""
-        # Integers below 2^53 and a correctly rounded root: never below what was asked for.
-        return self.noise_units / math.sqrt(self.sensitivity_units**2 + self.indicator_units**2)
+        """What the accounting charges: noise over the enforced bound of all that a unit sends."""
+        # Integers up to 2^53 and a correctly rounded root: never below what was asked for.
+        return self.noise_units / math.sqrt(self._squared_bound)
 
     @property
     def indicator_noise(self) -> float:
@@ -109,6 +142,13 @@ class IntegerGrid:
         if not self.indicator_units:
             raise ValueError("indicator_units=0: this grid carries no indicator")
         return self.noise_units / (2 * self.indicator_units)
+
+    @property
+    def metric_noise(self) -> float:
+        """Standard deviation of the noise on the sum of one metric's places in [-1, 1]."""
+        if not self.num_metrics:
+            raise ValueError("num_metrics=0: this grid carries no metrics")
+        return self.noise_units / self.metric_units
 
     def unit_size(self, clip_norm: float) -> float:
         """Return the real size of one grid unit when this is the clip norm."""
@@ -122,6 +162,28 @@ class IntegerGrid:
             raise ValueError("indicator_units=0: this grid carries no indicator")
         return int(noisy_indicator) / (2 * self.indicator_units * expected_cohort) + 0.5
 
+    def mean_places(
+        self, noisy_total: NDArray[np.int64], expected_cohort: float
+    ) -> NDArray[np.float64]:
+        """Return each metric's noisy mean place in its range, from the last entries of a sum.
+
+        Parameters
+        ----------
+        noisy_total : int64 array, shape (width,)
+            Noise included.
+        expected_cohort : float
+            The public normaliser: a unit that is missing counts as 0, the middle of the range.
+
+        Returns
+        -------
+        float64 array, shape (num_metrics,)
+            Within [-1, 1] but for the noise, of standard deviation ``metric_noise`` over the
+            cohort.
+        """
+        checks.positive(expected_cohort=expected_cohort)
+        entries = noisy_total[self.width - self.num_metrics :].astype(np.float64)
+        return np.asarray(entries / (max(1, self.metric_units) * expected_cohort), np.float64)
+
     @classmethod
     def for_noise_multiplier(
         cls,
@@ -131,6 +193,8 @@ class IntegerGrid:
         norm: Norm = Norm.L2,
         rounding: Rounding = Rounding.NEAREST,
         indicator_noise: float | None = None,
+        num_metrics: int = 0,
+        metric_share: float = 0.01,
         max_inflation: float = 1.01,
     ) -> "IntegerGrid":
         """Return the coarsest grid that keeps ``S_int / S`` within ``max_inflation``.
@@ -147,6 +211,12 @@ class IntegerGrid:
         indicator_noise : float or None
             s_b, when units also send an indicator; what holds is :attr:`indicator_noise`, at least
             this much but where it exceeds s / 2, which K = 1 gives.
+        num_metrics : int
+            m: how many bounded metrics units also send.
+        metric_share : float
+            By what fraction these make the noise on the update larger, in clip norms:
+            ``sqrt(S_int^2 + m K_m^2) <= (1 + metric_share) S_int``, as near as K_m, rounded down
+            to an integer of at least 1, comes to it.
         max_inflation : float
             How much longer than the clip norm the enforced bound may be.
 
@@ -168,26 +238,48 @@ class IntegerGrid:
                     f"noise_multiplier={noise_multiplier!r} must be < 2 * indicator_noise "
                     f"= {2 * indicator_noise!r}"
                 )
+        checks.non_negative_int(num_metrics=num_metrics)
+        checks.positive(metric_share=metric_share)
         if noise_multiplier == 0:
             clip_units = _CLIP_UNITS_WITHOUT_NOISE
             bound = math.ceil(_rounded_norm(clip_units, dimension, norm, rounding))
             return cls(
-                dimension, 0, clip_units, bound, int(indicator_noise is not None), norm, rounding
+                dimension,
+                0,
+                clip_units,
+                bound,
+                int(indicator_noise is not None),
+                norm,
+                rounding,
+                num_metrics,
+                _METRIC_UNITS_WITHOUT_NOISE if num_metrics else 0,
             )
         noise_units = _SMALLEST_NOISE_UNITS
         while noise_units <= _LARGEST_NOISE_UNITS:
             indicator = 0
             if indicator_noise is not None:
                 indicator = max(1, math.floor(noise_units / (2 * indicator_noise)))
-            bound = _sensitivity_units(noise_units, noise_multiplier, indicator)
-            if bound > LARGEST_SENSITIVITY_UNITS:
+            squared = _squared_units(noise_units, noise_multiplier, indicator)
+            metrics = _metric_units(squared, num_metrics, metric_share) if num_metrics else 0
+            bound = math.isqrt(max(0, squared - num_metrics * metrics**2))
+            if math.isqrt(squared) > LARGEST_SENSITIVITY_UNITS:
                 raise ValueError(
                     f"noise_multiplier={noise_multiplier!r} must be 0 or at least "
                     f"{noise_units / LARGEST_SENSITIVITY_UNITS!r}"
                 )
             clip_units = _clip_units(bound, dimension, norm, rounding)
             if clip_units > 0 and bound / clip_units <= max_inflation:
-                return cls(dimension, noise_units, clip_units, bound, indicator, norm, rounding)
+                return cls(
+                    dimension,
+                    noise_units,
+                    clip_units,
+                    bound,
+                    indicator,
+                    norm,
+                    rounding,
+                    num_metrics,
+                    metrics,
+                )
             noise_units *= 2
         raise ValueError(
             f"noise_multiplier={noise_multiplier!r} with dimension={dimension} and "
@@ -215,10 +307,19 @@ def to_float(
     return np.asarray(noisy_total, np.float64) * (unit_size / expected_cohort)
 
 
-def _sensitivity_units(noise_units: int, noise_multiplier: float, indicator: int) -> int:
-    """Return the largest S_int with ``s / sqrt(S_int^2 + K^2) >= noise_multiplier``."""
+def _squared_units(noise_units: int, noise_multiplier: float, indicator: int) -> int:
+    """Return the most that S_int^2 + m K_m^2 may be beside an indicator of K units.
+
+    ``s / sqrt(S_int^2 + K^2 + m K_m^2) >= noise_multiplier`` holds up to there, without rounding.
+    """
     total = math.floor(Fraction(noise_units) / Fraction(noise_multiplier))
-    return math.isqrt(max(0, total**2 - indicator**2))
+    return max(0, total**2 - indicator**2)
+
+
+def _metric_units(squared: int, num_metrics: int, share: float) -> int:
+    """Return the K_m with which ``S_int^2 = squared - m K_m^2 = squared / (1 + share)^2``."""
+    part = (1 - (1 + Fraction(share)) ** -2) / num_metrics
+    return max(1, math.isqrt(math.floor(squared * part)))
 
 
 def _rounding_terms(dimension: int, norm: Norm, rounding: Rounding) -> tuple[float, float, float]:
