@@ -1,12 +1,14 @@
 """Federated averaging of nodes that train with DP-SGD: every node adds its own noise.
 
 What a node answers is private already, so nothing here costs privacy: averaging, momentum and
-checkpoints are post-processing. The server collects what each node claims to have spent.
+checkpoints are post-processing. The server collects what each node claims to have spent. With
+secure aggregation it sees the sum of a round and no single answer.
 """
 
 import logging
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -14,10 +16,12 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
 from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
 from dpfl_strategies.claim_book import ClaimBook
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
@@ -34,9 +38,20 @@ from dpfl_strategies.round_loop import (
     hand_over,
     run_rounds,
 )
+from dpfl_strategies.secure_average import OpenAverage, SecureAverage
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
 log = logging.getLogger("flwr.dpfl")
+
+
+@dataclass(frozen=True)
+class _OpenRound:
+    """The round that waits for replies; ``masked`` is None where each answer is seen."""
+
+    server_round: int
+    nodes: frozenset[int]
+    reference: Arrays
+    masked: OpenAverage | None
 
 
 class SampleLevelFedAvg(Strategy):
@@ -63,6 +78,27 @@ class SampleLevelFedAvg(Strategy):
         As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
     wait_seconds, give_up_after:
         Likewise.
+    secure_aggregation:
+        ``SecAggPlus()``: nodes mask their updates in fixed point and their weight, so that the
+        server sees the sum of a round, who is in it and what each node claims to have spent, and
+        no single answer. Apps put :func:`~dpfl_flower.client.secure_aggregation_mod` around their
+        train function. A round with too few survivors is abandoned: the model and the optimizer's
+        state stay as they were, and so does what nodes have charged. No noise is added here: what
+        protects people is the nodes' own, and their epsilon is the same with and without. Metrics
+        of training stay on the nodes.
+    max_update_norm:
+        Only with ``secure_aggregation``, and needed there: the L2 bound on what a node's training
+        changes, times its weight over the largest. A longer update is shortened by its node. It
+        keeps sums from wrapping around and no privacy depends on it: take what no update reaches.
+        The mean is exact to about ``max_update_norm / 2**24`` in each entry.
+    max_num_examples:
+        Only with ``secure_aggregation`` and ``weigh_by_num_examples``: the largest weight that a
+        node may have; a larger one counts as this.
+
+    Raises
+    ------
+    ValueError
+        For an argument out of range, naming it, its value and the bound.
     """
 
     def __init__(
@@ -78,6 +114,9 @@ class SampleLevelFedAvg(Strategy):
         fraction_evaluate: float = 1.0,
         wait_seconds: float = 600.0,
         give_up_after: int | None = 3,
+        secure_aggregation: SecureAggregation | None = None,
+        max_update_norm: float | None = None,
+        max_num_examples: int | None = None,
     ) -> None:
         checks.instance(ServerOptimizer, type(None), server_optimizer=server_optimizer)
         checks.instance(str, Path, type(None), checkpoint_dir=checkpoint_dir)
@@ -86,6 +125,14 @@ class SampleLevelFedAvg(Strategy):
         self._population, self._wait_seconds = population, wait_seconds
         self._registry = Registry(population, wait_seconds=wait_seconds)
         self._weigh_by_num_examples = weigh_by_num_examples
+        self._secure = SecureAverage.of(
+            secure_aggregation,
+            population=population,
+            max_update_norm=max_update_norm,
+            max_num_examples=max_num_examples,
+            weigh_by_num_examples=weigh_by_num_examples,
+        )
+        self._stage_seconds = 3600.0
         self._gate = MetricsGate(
             metrics,
             fraction_evaluate=fraction_evaluate,
@@ -98,7 +145,7 @@ class SampleLevelFedAvg(Strategy):
         self._failures = FailureWatch(give_up_after)
         self._claims = ClaimBook()
         self._optimizer_state: State = {}
-        self._asked: tuple[int, frozenset[int], Arrays] | None = None
+        self._open: _OpenRound | None = None
         self._evaluating: frozenset[int] = frozenset()
         self._run_name = ""
 
@@ -120,6 +167,9 @@ class SampleLevelFedAvg(Strategy):
     ) -> PrivateResult:
         """Run ``num_rounds`` rounds, going on from the checkpoint where there is one.
 
+        Parameters and records are Flower's; ``timeout`` holds for each exchange of messages, of
+        which secure aggregation takes several in a round.
+
         Raises
         ------
         AllClientsFailed, PopulationNotReached, CheckpointError
@@ -129,13 +179,19 @@ class SampleLevelFedAvg(Strategy):
         self._failures = FailureWatch(self._give_up_after)
         self._registry = Registry(self._population, wait_seconds=self._wait_seconds)
         self._claims, self._optimizer_state = ClaimBook(), {}
+        self._open, self._stage_seconds = None, timeout
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
         result = PrivateResult()
         with completed(result, lambda: self._complete(result, grid)):
             run_rounds(
                 self,
-                LoopHooks(self._failures, stop_reason=lambda: None, progress=self._progress),
+                LoopHooks(
+                    self._failures,
+                    stop_reason=lambda: None,
+                    progress=self._progress,
+                    proceed=self.continue_train,
+                ),
                 result,
                 grid=grid,
                 arrays=arrays,
@@ -152,23 +208,86 @@ class SampleLevelFedAvg(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask every node of the population."""
-        nodes = self._registry.node_ids(grid)
-        self._asked = (server_round, frozenset(nodes), from_record(arrays))
+        nodes, reference, masked = self._registry.node_ids(grid), from_record(arrays), None
+        if self._secure is not None:
+            masked = self._secure.begin(
+                nodes,
+                arrays=arrays,
+                config=config,
+                dimension=ArrayLayout.of(reference).dimension,
+                server_round=server_round,
+                grid=grid,
+                stage_seconds=self._stage_seconds,
+                admit=lambda reply: self._claims.read(reply) is not None,
+            )
+        self._open = _OpenRound(server_round, frozenset(nodes), reference, masked)
+        if masked is not None:
+            return masked.exchange.messages()
         return to_messages(
             nodes, MessageType.TRAIN, server_round=server_round, arrays=arrays, config=config
         )
 
+    def continue_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> Iterable[Message] | None:
+        """Return the messages that follow from these replies, None where they are the last ones.
+
+        Only secure aggregation takes more than one exchange. ``start`` calls it; in a loop of your
+        own, send what it returns and call it again with the replies, until it returns None; then
+        hand the last replies to ``aggregate_train``.
+        """
+        masked = self._opened(server_round).masked
+        return None if masked is None else masked.proceed(replies)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the next model; the model stays as it is where nobody answered."""
-        if self._asked is None or self._asked[0] != server_round:
-            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
-        (_, asked, reference), self._asked = self._asked, None
-        layout = ArrayLayout.of(reference)
-        current = layout.flatten(reference)
+        """Return the next model; the model stays as it is where nobody answered.
+
+        None for the model where secure aggregation had to abandon the round.
+
+        Raises
+        ------
+        RuntimeError
+            If the round was not configured, is not finished, or was aggregated already.
+        """
+        opened = self._opened(server_round)
+        if opened.masked is not None and not opened.masked.exchange.finished:
+            raise RuntimeError(
+                f"round {server_round} waits for further messages: send what continue_train "
+                "returns until it returns None, then aggregate"
+            )
+        self._open = None
+        layout = ArrayLayout.of(opened.reference)
+        current = layout.flatten(opened.reference)
+        contents: list[RecordDict] = []
+        if opened.masked is None:
+            mean, contents = self._averaged(opened, layout, current, replies)
+            self._failures.record(asked=len(opened.nodes), answered=len(contents))
+        elif (found := opened.masked.mean) is None:
+            self._save(server_round, opened.reference)
+            self._failures.record(asked=len(opened.nodes), answered=0)
+            return None, None
+        else:
+            mean = found
+            self._failures.record(asked=len(opened.nodes), answered=opened.masked.survivors)
+        vector, self._optimizer_state = self.server_optimizer.step(
+            current, mean, self._optimizer_state
+        )
+        model = layout.restore(vector, opened.reference)
+        self._save(server_round, model)
+        return to_record(model), self._gate.of_training(contents)
+
+    def _averaged(
+        self,
+        opened: _OpenRound,
+        layout: ArrayLayout,
+        current: NDArray[np.float64],
+        replies: Iterable[Message],
+    ) -> tuple[NDArray[np.float64], list[RecordDict]]:
+        """Return the mean of the answers in clear, zeros where there is none, and their metrics."""
         total, weights, answered = np.zeros_like(current), 0.0, []
-        for message in accepted(replies, asked=asked, group=str(server_round)):
+        for message in accepted(replies, asked=opened.nodes, group=str(opened.server_round)):
             claimed = self._claims.read(message)  # what was spent counts, whatever else is wrong
             reply = parse_train(message, layout)
             if reply is None or claimed is None:
@@ -181,12 +300,14 @@ class SampleLevelFedAvg(Strategy):
             total += weight * (vector - current)
             weights += weight
             answered.append(RecordDict({records.METRICS: reply.metrics}))
-        self._failures.record(asked=len(asked), answered=len(answered))
-        mean = total / weights if weights else total
-        vector, self._optimizer_state = self.server_optimizer.step(
-            current, mean, self._optimizer_state
-        )
-        model = layout.restore(vector, reference)
+        return total / weights if weights else total, answered
+
+    def _opened(self, server_round: int) -> _OpenRound:
+        if self._open is None or self._open.server_round != server_round:
+            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
+        return self._open
+
+    def _save(self, server_round: int, model: Arrays) -> None:
         if self._checkpoints is not None:
             self._checkpoints.save(
                 RunState(
@@ -198,7 +319,6 @@ class SampleLevelFedAvg(Strategy):
                     claims=self._claims.to_json(),
                 )
             )
-        return to_record(model), self._gate.of_training(answered)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -219,6 +339,8 @@ class SampleLevelFedAvg(Strategy):
     def summary(self) -> None:
         """Log what will be done, before the first round."""
         log.info("\t├──> Every node trains with DP-SGD and adds its own noise")
+        if self._secure is not None:
+            log.info("\t├──> The server sees sums only: %r", self._secure)
         if self._gate.open:
             log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
         log.info("\t└──> Server optimizer: %s", self.server_optimizer)
@@ -236,6 +358,7 @@ class SampleLevelFedAvg(Strategy):
             "strategy": type(self).__name__,
             "server_optimizer": repr(self.server_optimizer),
             "weigh_by_num_examples": self._weigh_by_num_examples,
+            **({} if self._secure is None else self._secure.settings()),
         }
 
     def _resume(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:

@@ -1,12 +1,13 @@
 """One round's exchange with the nodes, by any protocol for secure sums."""
 
 import logging
-from collections.abc import Iterable
-from typing import final
+from collections.abc import Callable, Iterable
+from typing import Final, final
 
 from flwr.app import Message, MessageType, RecordDict
 
 from dpfl_flower.secagg import (
+    LONGEST_SECONDS,
     RoundAbandoned,
     SecureAggregation,
     SecureExchange,
@@ -15,9 +16,27 @@ from dpfl_flower.secagg import (
 )
 from dpfl_strategies.replies import accepted
 
-__all__ = ["SecureRound"]
+__all__ = ["SecureRound", "round_seconds"]
 
 log = logging.getLogger("flwr.dpfl")
+
+_STAGES: Final = 5
+
+Admit = Callable[[Message], bool]
+
+
+def round_seconds(stage_seconds: float) -> float:
+    """Return how long a round may take in all, if each exchange of messages takes so long.
+
+    >>> round_seconds(60.0)
+    300.0
+    """
+    return min(LONGEST_SECONDS, _STAGES * stage_seconds)
+
+
+def _anyone(reply: Message) -> bool:
+    del reply
+    return True
 
 
 @final
@@ -30,11 +49,21 @@ class SecureRound:
     request : SumRequest
     task : RecordDict
         What the nodes that compute vectors are asked.
+    admit : Callable[[Message], bool]
+        Asked of each reply that brings a vector, before it is summed: False makes it a dropout.
     """
 
-    def __init__(self, secure: SecureAggregation, request: SumRequest, task: RecordDict) -> None:
+    def __init__(
+        self,
+        secure: SecureAggregation,
+        request: SumRequest,
+        task: RecordDict,
+        *,
+        admit: Admit = _anyone,
+    ) -> None:
         self._server_round = request.session.server_round
         self._task = task
+        self._admit = admit
         self._now: SecureExchange | SecureSum | None
         try:
             self._now = secure.begin(request)
@@ -75,6 +104,7 @@ class SecureRound:
         answers = {
             message.metadata.src_node_id: message.content
             for message in accepted(replies, asked=asked, group=self._group(exchange))
+            if not exchange.carries_task or self._admit(message)
         }
         try:
             self._now = exchange.receive(answers)

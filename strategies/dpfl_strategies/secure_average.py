@@ -1,0 +1,193 @@
+"""A weighted mean of updates that are private already, of which the server sees sums only.
+
+>>> from dpfl_flower.secagg import SecAggPlus
+>>> SecureAverage.of(SecAggPlus(), population=20, max_update_norm=None, max_num_examples=None,
+...     weigh_by_num_examples=False)
+Traceback (most recent call last):
+    ...
+ValueError: max_update_norm=None must be given with secure_aggregation: it keeps sums from \
+wrapping around
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from dpfl_flower import checks, records
+from dpfl_flower.client.weighted_update import AverageRequest
+from dpfl_flower.secagg import SecureAggregation, fewest_bits
+from dpfl_strategies.claimed_sums import ClaimedSums
+from dpfl_strategies.secure_round import SecureRound
+
+__all__ = ["OpenAverage", "SecureAverage"]
+
+
+@final
+@dataclass(frozen=True)
+class OpenAverage:
+    """The exchange of one round: what to send, and the mean once there is one.
+
+    Attributes
+    ----------
+    request : AverageRequest
+    exchange : SecureRound
+    """
+
+    request: AverageRequest
+    exchange: SecureRound
+
+    def proceed(self, replies: Iterable[Message]) -> list[Message] | None:
+        """Return what to send once these replies are there, None where they are the last ones."""
+        if self.exchange.finished:
+            return None
+        self.exchange.receive(replies)
+        return None if self.exchange.finished else self.exchange.messages()
+
+    @property
+    def survivors(self) -> int:
+        """How many vectors are in the sum; 0 where the round was abandoned."""
+        summed = self.exchange.total
+        return 0 if summed is None else len(summed.survivors)
+
+    @property
+    def mean(self) -> NDArray[np.float64] | None:
+        """The mean update, shape ``(dimension,)``; None for an abandoned round.
+
+        And for one in whose sum there is no weight, or more than its vectors can have.
+        """
+        summed = self.exchange.total
+        if summed is None:
+            return None
+        return self.request.mean(summed.total, survivors=len(summed.survivors))
+
+
+@final
+class SecureAverage:
+    """What a strategy needs to average under masks.
+
+    Parameters
+    ----------
+    sums : ClaimedSums
+    max_update_norm : float
+        L2 bound on a node's weighted update.
+    max_num_examples : int or None
+        The largest weight; None: every node counts the same.
+    """
+
+    def __init__(
+        self, sums: ClaimedSums, *, max_update_norm: float, max_num_examples: int | None
+    ) -> None:
+        self._sums = sums
+        self._max_update_norm = max_update_norm
+        self._max_num_examples = max_num_examples or 0
+
+    @classmethod
+    def of(
+        cls,
+        secure: SecureAggregation | None,
+        *,
+        population: int,
+        max_update_norm: float | None,
+        max_num_examples: int | None,
+        weigh_by_num_examples: bool,
+    ) -> Self | None:
+        """Check a user's arguments against each other; None where there is no protocol.
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, its value and the bound.
+        """
+        if secure is None:
+            for name, value in (
+                ("max_update_norm", max_update_norm),
+                ("max_num_examples", max_num_examples),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value!r} must be None without secure_aggregation: nothing then "
+                        "has to be bounded"
+                    )
+            return None
+        sums = ClaimedSums(secure, population=population)
+        if max_update_norm is None:
+            raise ValueError(
+                "max_update_norm=None must be given with secure_aggregation: it keeps sums from "
+                "wrapping around"
+            )
+        if (max_num_examples is not None) != weigh_by_num_examples:
+            raise ValueError(
+                f"max_num_examples={max_num_examples!r} must be given with secure_aggregation "
+                "where nodes weigh by their examples, and only there; "
+                f"weigh_by_num_examples={weigh_by_num_examples!r}"
+            )
+        if max_num_examples is not None:
+            checks.positive_int(max_num_examples=max_num_examples)
+        average = cls(sums, max_update_norm=max_update_norm, max_num_examples=max_num_examples)
+        average._request(1)  # what does not depend on the model is refused at once
+        return average
+
+    def __repr__(self) -> str:
+        """Name the protocol and the bound."""
+        return f"{self._sums!r}, max_update_norm={self._max_update_norm!r}"
+
+    def settings(self) -> dict[str, Any]:
+        """Return what may not change between the parts of a resumed run."""
+        return {
+            "secure_aggregation": repr(self._sums),
+            "max_update_norm": self._max_update_norm,
+            "max_num_examples": self._max_num_examples,
+        }
+
+    def begin(
+        self,
+        nodes: Sequence[int],
+        *,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        dimension: int,
+        server_round: int,
+        grid: Grid,
+        stage_seconds: float,
+        admit: Callable[[Message], bool],
+    ) -> OpenAverage:
+        """Begin a round with these nodes; parameters and errors as for `ClaimedSums.begin`."""
+        request = self._request(dimension)
+        config[records.SERVER_ROUND] = server_round
+        task = RecordDict(
+            {
+                records.ARRAYS: arrays,
+                records.CONFIG: config,
+                records.AVERAGE: request.to_config(),
+            }
+        )
+        exchange = self._sums.begin(
+            nodes,
+            task,
+            grid=grid,
+            server_round=server_round,
+            width=request.width,
+            bound=request.bound,
+            stage_seconds=stage_seconds,
+            admit=admit,
+        )
+        return OpenAverage(request, exchange)
+
+    def _request(self, dimension: int) -> AverageRequest:
+        """Return what nodes are asked; ValueError where the sum could wrap around."""
+        request = AverageRequest(
+            dimension=dimension,
+            max_update_norm=self._max_update_norm,
+            parties=self._sums.parties,
+            max_num_examples=self._max_num_examples,
+        )
+        try:
+            fewest_bits(request.bound.largest, request.parties)
+        except ValueError as error:
+            raise ValueError(f"max_cohort={self._sums.parties} is too large: {error}") from error
+        return request
