@@ -13,11 +13,11 @@ place in the range, -1 at the low end and 1 at the high end, so that all metrics
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Final, Self, final
 
 from dpfl_flower import checks
 
-__all__ = ["MetricRanges"]
+__all__ = ["NO_METRICS", "MetricRanges"]
 
 
 @final
@@ -98,6 +98,9 @@ class MetricRanges:
             name: stddev * (high - low) / 2
             for name, low, high in zip(self.names, self.lows, self.highs, strict=True)
         }
+
+
+NO_METRICS: Final = MetricRanges()
 
 
 def _place(value: float, low: float, high: float) -> float:

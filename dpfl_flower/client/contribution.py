@@ -24,16 +24,20 @@ from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import (
     GRID_FIELDS,
+    METRIC_FIELDS,
     grid_from_fields,
     grid_to_fields,
     integer,
     number,
+    ranges_from_fields,
+    ranges_to_fields,
 )
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.public_claim import public_claim
 from dpfl_flower.client.weighted_update import WeightedUpdate
 from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.metric_ranges import NO_METRICS, MetricRanges
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.wire import (
     answered_arrays,
@@ -70,18 +74,26 @@ class UpdateRequest(SumBound):
     dither_seed : bytes or None
     w_max : float
         The node weighs ``min(num_examples / w_max, 1)``; 0: every node weighs 1.
+    metrics : MetricRanges
+        Which of the app's metrics ride behind the update, and the range that the node clips each
+        to: as many as the grid carries.
     """
 
     grid: IntegerGrid
     clip_norm: float
     dither_seed: bytes | None = None
     w_max: float = 0.0
+    metrics: MetricRanges = NO_METRICS
 
     def __post_init__(self) -> None:
         checks.non_negative(w_max=self.w_max)
-        entry = max(self.grid.sensitivity_units, self.grid.indicator_units)
+        entry = self.grid.largest_entry
         if self.largest < entry:
             raise ValueError(f"largest={self.largest!r} must be >= {entry}, the grid's own bound")
+        if len(self.metrics) != self.grid.num_metrics:
+            raise ValueError(
+                f"metrics={self.metrics.names!r} must be {self.grid.num_metrics}, the grid's"
+            )
         BoundedSum(
             IntegerGrid(1, 1, 1.0, 1, rounding=self.grid.rounding),
             clip_norm=self.clip_norm,
@@ -93,6 +105,7 @@ class UpdateRequest(SumBound):
         record = ConfigRecord(
             {
                 **grid_to_fields(self.grid),
+                **ranges_to_fields(self.metrics),
                 _CLIP_NORM: float(self.clip_norm),
                 _W_MAX: float(self.w_max),
                 LARGEST: self.largest,
@@ -106,7 +119,7 @@ class UpdateRequest(SumBound):
     @classmethod
     def from_config(cls, record: Mapping[str, object]) -> Self:
         """Read a request and check all of it; ValueError for what does not fit."""
-        known = GRID_FIELDS | {_CLIP_NORM, _DITHER_SEED, _W_MAX, LARGEST, PARTIES}
+        known = GRID_FIELDS | METRIC_FIELDS | {_CLIP_NORM, _DITHER_SEED, _W_MAX, LARGEST, PARTIES}
         if unknown := record.keys() - known:
             raise ValueError(f"unknown fields {sorted(unknown)}")
         return cls(
@@ -114,6 +127,7 @@ class UpdateRequest(SumBound):
             clip_norm=number(record, _CLIP_NORM),
             dither_seed=cast("bytes | None", record.get(_DITHER_SEED)),
             w_max=number(record, _W_MAX),
+            metrics=ranges_from_fields(record),
             largest=integer(record, LARGEST),
             parties=integer(record, PARTIES),
         )
@@ -147,12 +161,13 @@ class BoundedUpdate(Contribution):
         return self._task
 
     def vector(self, answer: RecordDict) -> NDArray[np.int32]:
-        """Return the bounded update, and last the clip indicator where one is asked for."""
+        """Return the bounded update, then the clip indicator and the metrics that are asked for."""
         request, layout = self._request, self._layout
         try:
             arrays = answered_arrays(answer)
             layout.check(arrays)
-            examples = num_examples(answered_metrics(answer))
+            metrics = answered_metrics(answer)
+            examples = num_examples(metrics)
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
         bounded = BoundedSum(
@@ -162,6 +177,7 @@ class BoundedUpdate(Contribution):
             layout.released(arrays),
             layout.released(self._reference),
             weight=_weight(examples, request.w_max),
+            metrics=request.metrics.places(metrics),
         )
 
 

@@ -74,6 +74,10 @@ class CohortRequest:
 
     def __post_init__(self) -> None:
         checks.positive_int(server_round=self.server_round)
+        if self.grid.num_metrics:
+            raise ValueError(
+                f"num_metrics={self.grid.num_metrics} must be 0: users inside nodes report none"
+            )
         if (self.sampling_rate is None) == (self.users is None):
             raise ValueError(
                 f"sampling_rate={self.sampling_rate!r} and users={self.users!r}: exactly one of "
