@@ -201,8 +201,18 @@ class IntegerSum(Contribution):
         self._claimed = claimed
 
     @classmethod
-    def with_noise(cls, bound: SumBound, task: RecordDict, request: LocalRequest) -> Self:
-        """Return the sum that `request` asks for; ValueError where the bound is below its own."""
+    def with_noise(
+        cls, bound: SumBound, task: RecordDict, request: LocalRequest, *, width: int
+    ) -> Self:
+        """Return the sum that ``request`` asks for.
+
+        Raises
+        ------
+        ValueError
+            If the bound is below one unit's and the largest noise's, or the width another.
+        """
+        if width != request.grid.width:
+            raise ValueError(f"width={width!r} must be {request.grid.width}, the grid's")
         least = request.grid.sensitivity_units + request.largest_noise
         if bound.largest < least:
             raise ValueError(
@@ -339,7 +349,8 @@ def contribution_for(
             bound.check(bits, lanes)
             if local is None:
                 return IntegerSum(bound, task)
-            return IntegerSum.with_noise(bound, task, LocalRequest.from_config(local))
+            noisy = LocalRequest.from_config(local)
+            return IntegerSum.with_noise(bound, task, noisy, width=width)
         request = UpdateRequest.from_config(record)
         request.check(bits, lanes)
         if request.grid.width != width:
