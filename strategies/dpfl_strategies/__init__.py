@@ -12,6 +12,7 @@ from dpfl_strategies.distributed_fedavg import DistributedDPFedAvg
 from dpfl_strategies.dp_fedavg import DPFedAvg
 from dpfl_strategies.local_fedavg import LocalDPFedAvg
 from dpfl_strategies.node_privacy import NodeClaim, NodePrivacyReport
+from dpfl_strategies.noised_metrics import NoisedMetrics
 from dpfl_strategies.private_strategy import PrivateStrategy
 from dpfl_strategies.registry import PopulationNotReached
 from dpfl_strategies.result import PrivateResult, Stopped
@@ -41,6 +42,7 @@ __all__ = [
     "LocalDPFedAvg",
     "NodeClaim",
     "NodePrivacyReport",
+    "NoisedMetrics",
     "NumExamplesWeighting",
     "PopulationNotReached",
     "PrivateResult",

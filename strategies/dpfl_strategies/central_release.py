@@ -33,12 +33,16 @@ class NoisyMean:
         The ledger after the charge for this release.
     noise_stddev:
         Standard deviation of the noise on each entry of ``update``, a public constant.
+    metric_places:
+        The noisy mean place of each bounded metric in its range, float64, shape ``(m,)``: within
+        [-1, 1] but for the noise. Empty without metrics.
     """
 
     update: NDArray[np.float64]
     fraction_within_clip: float | None
     position: LedgerPosition
     noise_stddev: float
+    metric_places: NDArray[np.float64]
 
     @property
     def signal_to_noise(self) -> float:
@@ -117,4 +121,5 @@ class CentralRelease:
             fraction_within_clip=fraction,
             position=position,
             noise_stddev=float(self._grid.noise_units * per_unit),
+            metric_places=self._grid.mean_places(noisy, self._cohort),
         )

@@ -22,7 +22,7 @@ class ClientMetrics(StrEnum):
 
     They carry no noise, so each one is a leak that the ledger does not know of. ``DROPPED`` (the
     default) never looks at them; ``NOT_PRIVATE`` combines them and marks every name with
-    ``not_private/``.
+    ``not_private/``. :class:`~dpfl_strategies.noised_metrics.NoisedMetrics` is the private way.
     """
 
     DROPPED = "none"
@@ -80,9 +80,8 @@ class MetricsGate:
         own = train_metrics_aggr_fn or evaluate_metrics_aggr_fn
         if not self.open and own is not None:
             raise ValueError(
-                "train_metrics_aggr_fn and evaluate_metrics_aggr_fn must be None with "
-                "metrics='none': client metrics carry no noise and are dropped; "
-                "metrics='not_private' lets them through"
+                "train_metrics_aggr_fn and evaluate_metrics_aggr_fn must be None without "
+                "metrics='not_private': what clients report carries no noise and is dropped"
             )
         self._fraction_evaluate = fraction_evaluate
         self._train = train_metrics_aggr_fn or weighted_mean

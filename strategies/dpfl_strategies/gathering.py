@@ -191,7 +191,12 @@ class NodesAreUnits(Gathering):
                     arrays = part.scatter(arrays, asked.reference)
                     start = run.layout.released(part.scatter(sent, asked.reference))
                 weight = self._weigh(reply.num_examples)
-                bounded.add(run.layout.released(arrays), start, weight=weight)
+                bounded.add(
+                    run.layout.released(arrays),
+                    start,
+                    weight=weight,
+                    metrics=run.ranges.places(reply.metrics),
+                )
             except Exception as failed:  # one unit's numbers must neither stop the run nor show
                 dropout(message, failed)
                 continue

@@ -16,6 +16,7 @@ from dpfl_flower.rng import RandomSource
 from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.gathering import Gathering, NodesAreUnits, UnitsInsideNodes
 from dpfl_strategies.messages import Arrays, from_record
+from dpfl_strategies.noised_metrics import NoisedMetrics
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.secure_gathering import SecureGathering
 from dpfl_strategies.server_optimizers import ServerOptimizer
@@ -77,13 +78,14 @@ def gathering_for(
     num_nodes: int | None,
     federated_dropout: FederatedDropout | None,
     secure_aggregation: SecureAggregation | None,
+    noised_metrics: NoisedMetrics | None,
 ) -> Gathering:
     """Return how a round's sum is gathered from nodes that are units, or that hold them.
 
     Raises
     ------
     ValueError
-        Where unit, nodes, weights, dropout and secure aggregation do not go together.
+        Where unit, nodes, weights, dropout, metrics and secure aggregation do not go together.
     """
     gathering: Gathering
     if num_nodes is None:
@@ -103,6 +105,12 @@ def gathering_for(
             raise ValueError(
                 f"federated_dropout={federated_dropout!r} must be None with num_nodes="
                 f"{num_nodes}: the units of a node train one model"
+            )
+        if noised_metrics is not None:
+            raise ValueError(
+                f"metrics={noised_metrics!r} must be 'none' or 'not_private' with num_nodes="
+                f"{num_nodes}: a node answers the sum of its units' updates, and none of them "
+                "reports metrics"
             )
         gathering = UnitsInsideNodes(request.sampling, num_nodes=num_nodes, unit=request.unit)
         if not isinstance(weighting, UniformWeighting):

@@ -1,6 +1,7 @@
 """The rounds of a private run: asked for, summed, charged, noised and saved, each once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -16,10 +17,29 @@ from dpfl_strategies.round_loop import FailureWatch
 from dpfl_strategies.run_report import RunReport
 from dpfl_strategies.server_optimizers import State
 
-__all__ = ["PrivateRounds"]
+__all__ = ["PrivateRounds", "ReleasedRound"]
 
 Step = Callable[[NDArray[np.float64], NDArray[np.float64], int], tuple[NDArray[np.float64], State]]
 """Given the model, the released noisy mean and the round: the next model, and what to keep."""
+
+
+@dataclass(frozen=True)
+class ReleasedRound:
+    """What became of a round.
+
+    Attributes
+    ----------
+    arrays : mapping of str to array
+        The released model.
+    metrics : mapping of str to float
+        The mean of each noised metric, clipped to its range; empty without such.
+    contents : sequence of RecordDict
+        The metrics of the replies themselves: not private.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    metrics: Mapping[str, float]
+    contents: Sequence[RecordDict]
 
 
 @final
@@ -120,11 +140,10 @@ class PrivateRounds:
 
     def aggregate(
         self, server_round: int, replies: Iterable[Message], step: Step
-    ) -> tuple[Mapping[str, NDArray[Any]], Sequence[RecordDict]] | None:
-        """Bound, sum, charge, add noise, step, save; return the released arrays and the metrics.
+    ) -> ReleasedRound | None:
+        """Bound, sum, charge, add noise, step, save; return what is released.
 
-        None where secure aggregation had to abandon the round: nothing is charged. The metrics are
-        those of the replies, not private.
+        None where secure aggregation had to abandon the round: nothing is charged.
 
         Raises
         ------
@@ -141,6 +160,7 @@ class PrivateRounds:
             return None
         noisy = run.charge_and_release(gathered.total, server_round)
         self.report.signal_to_noise[server_round] = noisy.signal_to_noise
+        self.report.metrics[server_round] = run.ranges.values(noisy.metric_places.tolist())
         model, optimizer_state = step(
             run.layout.flatten(asked.reference),
             self._gathering.unbiased(noisy.update, run.layout),
@@ -155,7 +175,7 @@ class PrivateRounds:
         )
         # After the charge, so that giving up is no release that the ledger does not know of.
         self.failures.record(asked=len(asked.nodes), answered=gathered.answered)
-        return released, gathered.contents
+        return ReleasedRound(released, self.report.metrics[server_round], gathered.contents)
 
     def _open(self, server_round: int) -> Asked:
         asked = self.asked

@@ -13,12 +13,14 @@ from dpfl_flower.client.contribution import SumBound, UpdateRequest
 from dpfl_flower.client.users.request import CohortRequest
 from dpfl_flower.clipping import AdaptiveClipping, ClippingPolicy
 from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.metric_ranges import NO_METRICS, MetricRanges
 from dpfl_flower.noise.rounded_gaussian import MAX_SCALE, RoundedGaussian
 from dpfl_flower.quantize import BoundedSum, IntegerGrid, Rounding
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.central_release import CentralRelease, NoisyMean
 from dpfl_strategies.checkpoint import RunState
 from dpfl_strategies.messages import Arrays
+from dpfl_strategies.noised_metrics import NoisedMetrics
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.run_files import RunFiles, let_go, plan_part, require_same_settings
 from dpfl_strategies.server_optimizers import State
@@ -41,11 +43,17 @@ class PrivatePlan:
     max_inflation: float
     mean_weight: float
     rng: RandomSource
+    noised_metrics: NoisedMetrics | None = None
 
     @property
     def request(self) -> PrivacyRequest:
         """What the user asked for."""
         return self.files.request
+
+    @property
+    def ranges(self) -> MetricRanges:
+        """The metrics that are released with each mean, maybe none."""
+        return NO_METRICS if self.noised_metrics is None else self.noised_metrics.ranges
 
     def open(
         self, initial_model: Arrays, num_rounds: int, *, settings: Mapping[str, str]
@@ -71,7 +79,7 @@ class PrivatePlan:
     ) -> "PrivateRun":
         # The scale of the noise is not known yet: no table strays further than the largest one's.
         most = RoundedGaussian(MAX_SCALE).total_variation
-        entries = ArrayLayout.of(model).dimension + 1
+        entries = ArrayLayout.of(model).dimension + 1 + len(self.ranges)
         if self.request.noise_multiplier is None:
             _require_worthwhile(ledger, num_rounds)
         try:
@@ -127,11 +135,14 @@ class PrivatePlan:
             indicator_noise = self.clipping.indicator_stddev(
                 multiplier, self.request.sampling.expected_cohort
             )
+        metrics = self.noised_metrics
         return IntegerGrid.for_noise_multiplier(
             multiplier,
             ArrayLayout.of(model).dimension,
             rounding=self.rounding,
             indicator_noise=indicator_noise,
+            num_metrics=len(self.ranges),
+            metric_share=1 if metrics is None else metrics.share,
             max_inflation=self.max_inflation,
         )
 
@@ -206,7 +217,20 @@ class PrivateRun:
     @property
     def largest_entry(self) -> int:
         """No entry of one unit's vector is larger in absolute value."""
-        return max(self._grid.sensitivity_units, self._grid.indicator_units)
+        return self._grid.largest_entry
+
+    @property
+    def ranges(self) -> MetricRanges:
+        """The metrics that ride behind each unit's update, maybe none."""
+        return self._plan.ranges
+
+    @property
+    def metric_noise(self) -> dict[str, float]:
+        """Standard deviation of the noise on each released mean metric, a public constant."""
+        if not self.ranges:
+            return {}
+        cohort = self._plan.request.sampling.expected_cohort
+        return self.ranges.spread(self._grid.metric_noise / cohort)
 
     def update_request(
         self, bound: SumBound, *, dither_seed: bytes | None, w_max: float
@@ -217,6 +241,7 @@ class PrivateRun:
             clip_norm=self.clip_norm,
             dither_seed=dither_seed,
             w_max=w_max,
+            metrics=self.ranges,
             largest=bound.largest,
             parties=bound.parties,
         )

@@ -25,6 +25,7 @@ from dpfl_flower.rng import SeededRandom, secure
 from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.messages import to_messages, to_record
+from dpfl_strategies.noised_metrics import NoisedMetrics
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_arguments import check_arguments, gathering_for, model_of, rounding_for
 from dpfl_strategies.private_rounds import PrivateRounds
@@ -69,7 +70,9 @@ class PrivateStrategy(Strategy, ABC):
     checkpoint_dir:
         Where the released model is kept after each round; ``start`` resumes from it.
     metrics:
-        ``"none"`` drops client metrics; ``"not_private"`` lets them through, marked.
+        ``"none"`` drops client metrics; ``"not_private"`` lets them through, marked;
+        :class:`~dpfl_strategies.NoisedMetrics` releases the means of bounded ones with noise that
+        epsilon covers. Only for nodes that are units.
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn:
         How metrics are combined, as in Flower; only with ``metrics="not_private"``.
     fraction_evaluate:
@@ -150,7 +153,7 @@ class PrivateStrategy(Strategy, ABC):
         ledger: str | Path | None = None,
         dataset: str = "default",
         checkpoint_dir: str | Path | None = None,
-        metrics: ClientMetrics | str = ClientMetrics.DROPPED,
+        metrics: ClientMetrics | NoisedMetrics | str = ClientMetrics.DROPPED,
         train_metrics_aggr_fn: AggregateMetrics | None = None,
         evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
         fraction_evaluate: float = 1.0,
@@ -182,8 +185,9 @@ class PrivateStrategy(Strategy, ABC):
             noise_seed=noise_seed,
             secure_aggregation=secure_aggregation,
         )
+        noised = metrics if isinstance(metrics, NoisedMetrics) else None
         self._gate = MetricsGate(
-            metrics,
+            metrics if not isinstance(metrics, NoisedMetrics) else ClientMetrics.DROPPED,
             fraction_evaluate=fraction_evaluate,
             train_metrics_aggr_fn=train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
@@ -201,6 +205,7 @@ class PrivateStrategy(Strategy, ABC):
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
             rng=secure() if noise_seed is None else SeededRandom(noise_seed),
+            noised_metrics=noised,
         )
         self._federated_dropout = federated_dropout
         self._gathering = gathering_for(
@@ -212,6 +217,7 @@ class PrivateStrategy(Strategy, ABC):
             num_nodes=num_nodes,
             federated_dropout=federated_dropout,
             secure_aggregation=secure_aggregation,
+            noised_metrics=noised,
         )
         self._rounds = PrivateRounds(
             self._plan, self._gathering, wait_seconds=wait_seconds, give_up_after=give_up_after
@@ -250,6 +256,7 @@ class PrivateStrategy(Strategy, ABC):
             "max_inflation": repr(self._plan.max_inflation),
             "nodes": self._gathering.name,
             "federated_dropout": repr(self._federated_dropout),
+            "noised_metrics": repr(self._plan.noised_metrics),
             "unit": str(self._plan.request.unit),
             "relation": str(self._plan.request.relation),
         }
@@ -352,7 +359,7 @@ class PrivateStrategy(Strategy, ABC):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Bound, sum, charge, add noise, step, save; return the released model.
+        """Bound, sum, charge, add noise, step, save; return the released model and metrics.
 
         None for the model where secure aggregation had to abandon the round: nothing is charged.
 
@@ -363,11 +370,13 @@ class PrivateStrategy(Strategy, ABC):
         BudgetExhausted
             If the budget does not allow the release; nothing is charged or released.
         """
-        aggregated = self._rounds.aggregate(server_round, replies, self._step)
-        if aggregated is None:
+        released = self._rounds.aggregate(server_round, replies, self._step)
+        if released is None:
             return None, None
-        released, contents = aggregated
-        return to_record(released), self._gate.of_training(contents)
+        metrics = self._gate.of_training(released.contents)
+        if released.metrics:
+            metrics = MetricRecord(dict(released.metrics))
+        return to_record(released.arrays), metrics
 
     @final
     def configure_evaluate(
@@ -428,4 +437,5 @@ class PrivateStrategy(Strategy, ABC):
             result.arrays, result.rounds = to_record(state.model), state.server_round
         result.privacy = self.privacy_spent()
         result.metrics_not_covered = self._gate.open
+        result.metric_noise = self._rounds.running().metric_noise
         hand_over(result, grid)

@@ -32,6 +32,9 @@ class PrivateResult(Result):
         What holds beside that where the user says that a shuffler stood between, else None.
     metrics_not_covered:
         Whether client metrics were let through: no epsilon covers those.
+    metric_noise:
+        Standard deviation of the noise on the mean of each noised metric in
+        ``train_metrics_clientapp``, in the metric's own units; epsilon covers those.
     stopped:
         Why the run ended.
     rounds:
@@ -46,6 +49,7 @@ class PrivateResult(Result):
     node_privacy: NodePrivacyReport | None = None
     shuffled: ShuffledStatement | None = None
     metrics_not_covered: bool = False
+    metric_noise: dict[str, float] = field(default_factory=dict)
     stopped: Stopped = Stopped.ALL_ROUNDS_DONE
     rounds: int = 0
     signal_to_noise: dict[int, float] = field(default_factory=dict)

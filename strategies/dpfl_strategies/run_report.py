@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dpfl_flower.accounting import Ledger, PrivacyBudget
@@ -47,10 +48,13 @@ class RunReport:
     plan : PrivatePlan
     signal_to_noise : dict of int to float
         By round: a released value over the noise in it.
+    metrics : dict of int to mapping of str to float
+        By round: the released means of noised metrics.
     """
 
     plan: PrivatePlan
     signal_to_noise: dict[int, float] = field(default_factory=dict)
+    metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
 
     def summary(self, run: PrivateRun | None, gathering: Gathering, *, metrics: bool) -> None:
         """Log what will be done; ``metrics`` tells whether client metrics are let through."""
@@ -61,6 +65,8 @@ class RunReport:
         log.info("\t├──> Trust: %s", gathering.trust)
         if run is not None:
             log.info("\t├──> Noise multiplier: %.4f", run.noise_multiplier)
+            for name, stddev in run.metric_noise.items():
+                log.info("\t├──> Mean %s: noise with a standard deviation of %.2g", name, stddev)
         if not self.plan.rng.protects:
             log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
         if metrics:
@@ -71,7 +77,9 @@ class RunReport:
     def progress(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
         """Return a few words on what was spent and what came of it."""
         signal = self.signal_to_noise.get(server_round, math.inf)
-        return f"{self._spent(run, server_round, num_rounds)}, signal-to-noise {signal:.2g}"
+        parts = [self._spent(run, server_round, num_rounds), f"signal-to-noise {signal:.2g}"]
+        released = self.metrics.get(server_round, {})
+        return ", ".join(parts + [f"{name} {value:.4g}" for name, value in released.items()])
 
     def _spent(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
         if not self.plan.rng.protects:

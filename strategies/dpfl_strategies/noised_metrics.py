@@ -1,0 +1,69 @@
+"""Client metrics that are as private as the model: bounded, summed with the update, noised with it.
+
+>>> NoisedMetrics({"accuracy": (0, 1), "loss": (0, 5)})
+NoisedMetrics(bounds={'accuracy': (0.0, 1.0), 'loss': (0.0, 5.0)}, share=0.01)
+"""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import final
+
+from dpfl_flower import checks
+from dpfl_flower.metric_ranges import MetricRanges
+
+__all__ = ["NoisedMetrics"]
+
+
+@final
+@dataclass(frozen=True)
+class NoisedMetrics:
+    """Releases the mean of each of these metrics in every round, with noise that epsilon covers.
+
+    Each node's metrics of its training reply are clipped to their ranges, rounded and appended to
+    its bounded update. The noise covers the whole vector, so that a round with metrics is one
+    release at the price of one. What comes out is the mean metric, in the training metrics of the
+    result under its own name, clipped to its range (which costs nothing: it is public).
+
+    A node counts once, whatever its weight. One that is missing, whose update is not finite or
+    that does not report the metric as a finite number counts as the middle of the range, since
+    the sum is divided by the expected cohort and not by who answered: dropouts pull the mean there.
+
+    Attributes
+    ----------
+    bounds : mapping of str to (float, float)
+        The range (low, high) of each metric by its name in the reply: a public constant, never
+        taken from data. The narrower, the less noise.
+    share : float
+        In (0, 1]: by what fraction the metrics make the noise on the model larger, for the same
+        budget. They lengthen the vector whose norm the noise is sized for: of m metrics each has
+        K units with ``sqrt(S^2 + m K^2) = (1 + share) S``, S the update's. The noise on a mean
+        metric then has about the standard deviation ::
+
+            noise_multiplier (high - low) / (2 expected_cohort) * sqrt(m / (2 share))
+
+        which is 0.05 of its range for two metrics, a share of 0.01, a noise multiplier of 1 and
+        100 nodes; exactly, it is in the result's ``metric_noise``.
+
+    Raises
+    ------
+    ValueError
+        Without a metric, for a range that is none, and for a share out of range.
+    """
+
+    bounds: Mapping[str, tuple[float, float]]
+    _: KW_ONLY
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        checks.fraction(share=self.share)
+        ranges = MetricRanges.of(self.bounds)
+        if not ranges:
+            raise ValueError(f"bounds={self.bounds!r} must name a metric")
+        pairs = zip(ranges.lows, ranges.highs, strict=True)
+        object.__setattr__(self, "bounds", dict(zip(ranges.names, pairs, strict=True)))
+
+    @cached_property
+    def ranges(self) -> MetricRanges:
+        """Names and ranges as a vector holds them."""
+        return MetricRanges.of(self.bounds)
