@@ -195,14 +195,18 @@ def _list(name: str, rest: dict[str, Any], kind: type[Any]) -> tuple[Any, ...]:
     found = rest.pop(name, None)
     if not isinstance(found, list):
         raise ValueError(f"{name}={type(found).__name__} must be a list")
-    if set(map(type, found)) <= {kind}:  # a list at a time, which is most of the work
-        if kind is bytes or (kind is int and _all_in_range(found)):
-            return tuple(found)
-    return tuple(_value(name, item, kind) for item in found)
+    if _all_fit(found, kind):
+        return tuple(found)
+    return tuple(_value(name, item, kind) for item in found)  # says which does not
 
 
-def _all_in_range(integers: list[int]) -> bool:
-    return not integers or (min(integers) >= 0 and max(integers) <= _MAX_INT)
+def _all_fit(items: list[Any], kind: type[Any]) -> bool:
+    """Whether `_value` would take all of them, as far as whole lists tell: most of the work."""
+    if not set(map(type, items)) <= {kind}:
+        return False
+    return kind is bytes or (
+        kind is int and (not items or (min(items) >= 0 and max(items) <= _MAX_INT))
+    )
 
 
 def _value(name: str, value: object, kind: type[Any]) -> Any:

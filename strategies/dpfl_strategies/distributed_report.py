@@ -24,7 +24,7 @@ from dpfl_strategies.distributed_run import DistributedRun
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.run_report import epsilon_of, is_priced, spent_so_far
 from dpfl_strategies.server_optimizers import ServerOptimizer
-from dpfl_strategies.signal_to_noise import signal_to_noise
+from dpfl_strategies.signal_to_noise import in_words, signal_to_noise
 
 __all__ = ["DistributedReport"]
 
@@ -95,7 +95,4 @@ class DistributedReport:
             spent = epsilon_of(
                 spent_so_far(run.ledger, server_round, num_rounds), run.ledger.budget
             )
-        signal = self.signal_to_noise.get(server_round)
-        return f"{spent}, " + (
-            "nothing released" if signal is None else f"signal-to-noise {signal:.2g}"
-        )
+        return f"{spent}, {in_words(self.signal_to_noise.get(server_round))}"

@@ -1,7 +1,6 @@
 """What the operator of a private run reads while it goes on."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from dpfl_flower.accounting import Ledger, PrivacyBudget
 from dpfl_flower.accounting.statement import rounded_up
 from dpfl_strategies.gathering import Gathering
 from dpfl_strategies.private_run import PrivatePlan, PrivateRun
+from dpfl_strategies.signal_to_noise import in_words
 
 __all__ = ["RunReport", "epsilon_of", "is_priced", "spent_so_far"]
 
@@ -76,8 +76,10 @@ class RunReport:
 
     def progress(self, run: PrivateRun, server_round: int, num_rounds: int) -> str:
         """Return a few words on what was spent and what came of it."""
-        signal = self.signal_to_noise.get(server_round, math.inf)
-        parts = [self._spent(run, server_round, num_rounds), f"signal-to-noise {signal:.2g}"]
+        parts = [
+            self._spent(run, server_round, num_rounds),
+            in_words(self.signal_to_noise.get(server_round)),
+        ]
         released = self.metrics.get(server_round, {})
         return ", ".join(parts + [f"{name} {value:.4g}" for name, value in released.items()])
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpfl_flower import checks
 
-__all__ = ["signal_to_noise"]
+__all__ = ["in_words", "signal_to_noise"]
 
 
 def signal_to_noise(update: NDArray[np.float64], *, noise_stddev: float) -> float:
@@ -35,3 +35,12 @@ def signal_to_noise(update: NDArray[np.float64], *, noise_stddev: float) -> floa
         return math.inf
     scaled = update / noise_stddev
     return max(0.0, float(scaled @ scaled) / scaled.size - 1)
+
+
+def in_words(estimate: float | None) -> str:
+    """Return what a progress line says of a round's estimate; None where it released nothing.
+
+    >>> in_words(0.041), in_words(None)
+    ('signal-to-noise 0.041', 'nothing released')
+    """
+    return "nothing released" if estimate is None else f"signal-to-noise {estimate:.2g}"

@@ -8,8 +8,8 @@ from flwr.clientapp import ClientApp
 from dpfl_flower.client import secure_aggregation_mod
 from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.simulation import InProcessGrid
-from tests.support.dropouts import EVERY_WAY, NODES
-from tests.support.secure_run import dropping, require_plain_sums, run, train
+from tests.support.dropouts import EVERY_WAY, NODES, dropping
+from tests.support.secure_run import require_plain_sums, run, train
 
 
 def test_every_way_of_six_nodes_to_drop_out_gives_the_model_of_no_masks_at_all():

@@ -1,14 +1,8 @@
 """The README's commands for real hosts, on the loopback interface: TLS, node keys, rosters."""
 
-import contextlib
 import json
 import math
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,40 +13,15 @@ from flwr.clientapp import ClientApp
 
 from apps.medical.medical.report import Report
 from dpfl_flower.simulation import InProcessGrid, run_on_connection
-from dpfl_flower.simulation.processes import MARK, new_mark, stop_marked
 from tests.support import integer_sums
+from tests.support.deployment import ROOT, free_prefix, host_in, shell, write_app
 from tests.support.secure_run import run_units
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 MARKER = "<!-- deployment, executed by tests/simulation/test_readme_deployment.py -->"
 NODES = 3
 SEPARATOR = "\0"
 
-PYPROJECT = """
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "exact"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = ["flwr>=1.41,<2"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-
-[tool.flwr.app]
-publisher = "dpfl"
-
-[tool.flwr.app.components]
-serverapp = "exact.server_app:app"
-clientapp = "exact.client_app:app"
-
-[tool.flwr.app.config]
-out = ""
-"""
 CLIENT = """
 from flwr.clientapp import ClientApp
 from dpfl_flower.client import secure_aggregation_mod
@@ -105,18 +74,7 @@ class Commands(NamedTuple):
 
 def free_ports() -> dict[str, str]:
     """Return ports to take the place of the README's: the SuperLink's, and a prefix of three."""
-
-    def free(port: int) -> bool:
-        with contextlib.closing(socket.socket()) as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                return False
-        return True
-
-    start = 1100 + os.getpid() % 1000
-    prefixes = (p for p in range(start, 3200) if all(free(10 * p + n) for n in range(NODES + 1)))
-    prefix = next(prefixes)
+    prefix = free_prefix(NODES + 1)
     return {"9092": f"{prefix}{NODES}", "910$n": f"{prefix}$n"}
 
 
@@ -134,23 +92,8 @@ def commands() -> Commands:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a folder that stands for the repository's root; stop what was started in it."""
-    mark = new_mark()
-    for name in [n for n in os.environ if n.startswith(("FLWR_", "RAY_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(MARK, mark)
-    monkeypatch.setenv("PATH", os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
-    python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(python_path))
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    shutil.copytree(
-        ROOT / "apps", tmp_path / "apps", ignore=shutil.ignore_patterns("__pycache__", "runs")
-    )
-    try:
-        yield tmp_path
-    finally:
-        monkeypatch.undo()  # this process must not carry the mark
-        stop_marked(mark)
+    with host_in(tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 def stages(host: Path, node: int) -> dict[int, list[list[int]]]:
@@ -160,23 +103,6 @@ def stages(host: Path, node: int) -> dict[int, list[list[int]]]:
         run_id, _, *progress = json.loads(line)
         found.setdefault(run_id, []).append(progress)
     return found
-
-
-def shell(host: Path, script: str) -> str:
-    """Run ``script`` in ``host`` to its end and return what it and what it left running said."""
-    log = host / "log"
-    with log.open("ab") as out:  # a file, not a pipe: what is left running holds it open
-        ended = subprocess.run(
-            ["bash", "-c", script],
-            cwd=host,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            timeout=900,
-            check=False,
-        )
-    assert ended.returncode == 0, log.read_text()
-    return log.read_text()
 
 
 @pytest.mark.slow
@@ -195,14 +121,9 @@ def test_the_readmes_commands_run_three_hospitals_and_a_masked_sum_there_is_the_
 
     # The same three answer sums of units without noise of their own, which they insist on for
     # records only; the noise that the server adds is seeded, so that the sum shows.
-    package = host / "app" / "exact"
-    package.mkdir(parents=True)
-    (host / "app" / "pyproject.toml").write_text(PYPROJECT)
-    (package / "__init__.py").write_text("")
-    (package / "client_app.py").write_text(CLIENT)
-    (package / "server_app.py").write_text(SERVER)
+    app_folder = write_app(host, client=CLIENT, server=SERVER)
     run = run_on_connection(
-        host / "app",
+        app_folder,
         "clinic",
         log_path=host / "run.log",
         run_config={"out": str(host / "model.npy")},

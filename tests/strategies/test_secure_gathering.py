@@ -183,7 +183,8 @@ def test_a_node_that_drops_out_is_missing_from_the_sum_from_its_vector_on(stage)
 
 
 @pytest.mark.parametrize("stage", ["advertise", "share", "mask", "unmask"])
-def test_a_round_with_too_few_is_abandoned_uncharged_and_the_next_goes_on(stage, tmp_path):
+def test_a_round_with_too_few_is_abandoned_uncharged_and_the_next_goes_on(stage, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="flwr.dpfl")
     made = strategy(secure_aggregation=SecAggPlus(min_cohort=4), checkpoint_dir=tmp_path)
     seen = {}
     with InProcessGrid(
@@ -196,6 +197,8 @@ def test_a_round_with_too_few_is_abandoned_uncharged_and_the_next_goes_on(stage,
     assert np.any(seen[3]["w"].numpy() != seen[2]["w"].numpy())
     assert result.privacy.releases == 2
     assert result.rounds == 3
+    assert set(result.signal_to_noise) == {1, 3}
+    assert caplog.text.count("nothing released") == 1
 
 
 def test_abandoned_rounds_in_a_row_end_the_run():

@@ -5,41 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid
 
 from dpfl_flower.accounting import EveryoneSampling, PoissonSampling
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.secagg import SecAggPlus
-from dpfl_flower.secagg.messages import Stage
-from dpfl_flower.secagg.wire import decode_request
 from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies import DPFedAvg
-from tests.support.dropouts import NODES, Way
+from tests.support.dropouts import NODES, Way, dropping
 
 WIDTH = 300
-
-
-def dropping(ways: Sequence[Way]) -> Mod:
-    """Return a mod that drops out in round r as the way r - 1 says.
-
-    Outside of secure aggregation a node drops out unless its vector would have been sent.
-    """
-
-    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        config = message.content.config_records
-        node = int(context.node_config["partition-id"])
-        if "secagg" in config:
-            request = decode_request(message.content)
-            drops = ways[request.server_round - 1].get(node) is request.stage
-        else:
-            way = ways[int(config["config"]["server-round"]) - 1]
-            drops = way.get(node, Stage.UNMASK) != Stage.UNMASK
-        if drops:
-            raise RuntimeError("planted")
-        return call_next(message, context)
-
-    return mod
 
 
 def train(message: Message, context: Context) -> Message:
@@ -68,8 +43,10 @@ def run(
     return strategy.start(grid, start, num_rounds=rounds, timeout=300).arrays["w"].numpy()
 
 
-def run_units(grid: Grid, *, nodes: int, secure_aggregation: SecAggPlus | None) -> np.ndarray:
-    """Return the model after a round of integer sums of `integer_sums` and seeded noise."""
+def run_units(
+    grid: Grid, *, nodes: int, rounds: int = 1, secure_aggregation: SecAggPlus | None
+) -> np.ndarray:
+    """Return the model after rounds of integer sums of `integer_sums` and seeded noise."""
     strategy = DPFedAvg(
         noise_multiplier=0.5,
         noise_seed=4,
@@ -80,7 +57,7 @@ def run_units(grid: Grid, *, nodes: int, secure_aggregation: SecAggPlus | None) 
         secure_aggregation=secure_aggregation,
     )
     start = ArrayRecord({"w": Array(np.zeros(WIDTH, np.float32))})
-    return strategy.start(grid, start, num_rounds=1, timeout=300).arrays["w"].numpy()
+    return strategy.start(grid, start, num_rounds=rounds, timeout=300).arrays["w"].numpy()
 
 
 def in_process(*, nodes: int, rounds: int, ways: Sequence[Way] = ()) -> np.ndarray:
