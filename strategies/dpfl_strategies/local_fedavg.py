@@ -8,36 +8,29 @@ charges its own ledger and says what it has spent.
 import logging
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
-from dpfl_flower import checks, records
+from dpfl_flower import checks
 from dpfl_flower.accounting import PrivacyBudget, PrivacyUnit, Relation, Sampling
 from dpfl_flower.client.local_noise import LocalLaw, LocalNoise
-from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import to_float
+from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.checkpoint import CheckpointDirectory, RunState
 from dpfl_strategies.claim_book import ClaimBook
-from dpfl_strategies.local_plan import (
-    LocalPlan,
-    claim_covers,
-    noise_of_run,
-    noise_settings,
-)
+from dpfl_strategies.claimed_sums import ClaimedSums
+from dpfl_strategies.local_plan import LocalPlan, noise_of_run, noise_settings
 from dpfl_strategies.local_report import LocalReport
-from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
+from dpfl_strategies.local_round import OpenRound, masked_round
+from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.nobody_evaluates import NobodyEvaluates
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
-from dpfl_strategies.replies import accepted, parse_sum
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import (
     EvaluateFn,
@@ -51,15 +44,6 @@ from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.shuffled_reports import ShuffledReports
 
 log = logging.getLogger("flwr.dpfl")
-
-
-@dataclass(frozen=True)
-class _OpenRound:
-    """The round that waits for replies."""
-
-    request: LocalRequest
-    nodes: frozenset[int]
-    reference: Arrays
 
 
 @final
@@ -115,6 +99,11 @@ class LocalDPFedAvg(NobodyEvaluates):
         it with the run, and then no claim has it.
     wait_seconds, give_up_after:
         As in :class:`~dpfl_strategies.private_strategy.PrivateStrategy`.
+    secure_aggregation:
+        ``SecAggPlus()``: nodes mask their noisy integers, so that the server sees the noisy sum and
+        what each node claims. Apps put ``mods=[secure_aggregation_mod, local_noise_mod(...)]``
+        around their train function. Epsilon stays what each node claims, against everybody who sees
+        its answer. A round with too few survivors is abandoned and stays charged.
 
     Raises
     ------
@@ -148,6 +137,7 @@ class LocalDPFedAvg(NobodyEvaluates):
         checkpoint_dir: str | Path | None = None,
         wait_seconds: float = 600.0,
         give_up_after: int | None = 3,
+        secure_aggregation: SecureAggregation | None = None,
     ) -> None:
         checks.instance(ServerOptimizer, type(None), server_optimizer=server_optimizer)
         checks.instance(str, Path, type(None), checkpoint_dir=checkpoint_dir)
@@ -165,10 +155,17 @@ class LocalDPFedAvg(NobodyEvaluates):
             law=noise,
             max_inflation=max_inflation,
         )
+        self._secure = None
+        if secure_aggregation is not None:
+            self._secure = ClaimedSums(secure_aggregation, population=num_nodes)
         self._stated = ShuffledReports.parse(
-            shuffled_reports, num_nodes=num_nodes, unit=self._plan.request.unit
+            shuffled_reports,
+            num_nodes=num_nodes,
+            unit=self._plan.request.unit,
+            masked=self._secure is not None,
         )
         self._shuffled = self._stated
+        self._stage_seconds = 3600.0
         self.server_optimizer = server_optimizer or FedAvg()
         self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
         self._wait_seconds, self._give_up_after = wait_seconds, give_up_after
@@ -182,7 +179,7 @@ class LocalDPFedAvg(NobodyEvaluates):
         self._settings: dict[str, str] = {}
         self._run_name = ""
         self._done = 0
-        self._open: _OpenRound | None = None
+        self._open: OpenRound | None = None
 
     @property
     def noise(self) -> LocalNoise | None:
@@ -216,7 +213,8 @@ class LocalDPFedAvg(NobodyEvaluates):
     ) -> PrivateResult:
         """Run ``num_rounds`` rounds, going on from the checkpoint where there is one.
 
-        Parameters and records are Flower's. A budget that does not pay for all rounds with the
+        Parameters and records are Flower's; ``timeout`` holds for each exchange of a round, of
+        which secure aggregation takes several. A budget that does not pay for all rounds with the
         noise multiplier given ends the run with the last model.
 
         Raises
@@ -230,14 +228,19 @@ class LocalDPFedAvg(NobodyEvaluates):
         self._failures = FailureWatch(self._give_up_after)
         self._registry = Registry(self._plan.num_nodes, wait_seconds=self._wait_seconds)
         self._report = LocalReport(self._plan, self.server_optimizer)
-        self._open = None
+        self._open, self._stage_seconds = None, timeout
         arrays = self._resume(initial_arrays, num_rounds)
         self.summary()
         result = PrivateResult(signal_to_noise=self._report.signal_to_noise)
         with completed(result, lambda: self._complete(result, grid)):
             run_rounds(
                 self,
-                LoopHooks(self._failures, stop_reason=self._stop_reason, progress=self._progress),
+                LoopHooks(
+                    self._failures,
+                    stop_reason=self._stop_reason,
+                    progress=self._progress,
+                    proceed=self.continue_train,
+                ),
                 result,
                 grid=grid,
                 arrays=arrays,
@@ -269,75 +272,72 @@ class LocalDPFedAvg(NobodyEvaluates):
         if self._stated.stated is not None:
             # What is mixed from here on is seen, also where a crash keeps this round from ending.
             self._save(reference, self._shuffled.lost())
-        self._open = _OpenRound(request, frozenset(nodes), reference)
-        return to_messages(
-            nodes,
-            MessageType.TRAIN,
-            server_round=server_round,
-            arrays=arrays,
-            config=config,
-            extra=RecordDict({records.LOCAL: request.to_config()}),
-        )
+        masked = None
+        if self._secure is not None:
+            masked = masked_round(
+                self._secure,
+                self._plan,
+                request,
+                nodes,
+                arrays=arrays,
+                config=config,
+                grid=grid,
+                stage_seconds=self._stage_seconds,
+                claims=self._claims,
+            )
+        self._open = OpenRound(request, frozenset(nodes), reference, masked)
+        return self._open.messages(nodes, arrays=arrays, config=config)
+
+    def continue_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> Iterable[Message] | None:
+        """Return the messages of the next exchange, None once the round can be aggregated."""
+        return self._opened(server_round).proceed(replies)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add up, step, save; return the next model, None where nobody answered.
 
+        And None where secure aggregation had to abandon the round.
+
         Raises
         ------
         RuntimeError
-            If the round was not configured, or is aggregated already.
+            If the round was not configured, is not finished, or was aggregated already.
         """
-        opened = self._open
-        if opened is None or opened.request.server_round != server_round:
-            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
-        self._open, request = None, opened.request
-        total, answered, came = np.zeros(request.grid.width, np.int64), 0, 0
-        for message in accepted(replies, asked=opened.nodes, group=str(server_round)):
-            came += 1
-            part = self._noisy_part(message, request)
-            if part is not None:
-                total += part
-                answered += 1
+        opened = self._opened(server_round)
+        summed, request = opened.gathered(replies, self._plan, self._claims), opened.request
+        self._open = None
         self._done = server_round
-        self._shuffled = self._shuffled.after(came=came, valid=answered)
-        if not answered:
+        self._shuffled = self._shuffled.after(came=summed.came, valid=summed.valid)
+        if not summed.valid:
             self._save(opened.reference, self._shuffled)
             self._failures.record(asked=len(opened.nodes), answered=0)
             return None, None
         mean = to_float(
-            total,
+            summed.total,
             request.grid.unit_size(request.noise.clip_norm),
             self._plan.expected_units,
         )
-        self._report.averaged(mean, request, answers=answered)
+        self._report.averaged(mean, request, answers=summed.valid)
         layout = ArrayLayout.of(opened.reference)
         vector, self._optimizer_state = self.server_optimizer.step(
             layout.flatten(opened.reference), mean, self._optimizer_state
         )
         model = layout.restore(vector, opened.reference)
         self._save(model, self._shuffled)
-        self._failures.record(asked=len(opened.nodes), answered=answered)
+        self._failures.record(asked=len(opened.nodes), answered=summed.valid)
         return to_record(model), None
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        self._report.summary(self._noise)
+        self._report.summary(self._noise, secure=self._secure)
 
-    def _noisy_part(self, message: Message, request: LocalRequest) -> NDArray[np.int64] | None:
-        """Return what a node answered; None where it, or the node's claim, is not as asked."""
-        node, noise = message.metadata.src_node_id, request.noise
-        assert noise.noise_multiplier is not None
-        event = noise.event(noise.noise_multiplier)
-        known = self._claims.durably_released(node, event)
-        claim = self._claims.read(message)  # what was spent counts, whatever else is wrong
-        if claim is None:
-            return None
-        if not claim_covers(claim, noise, known=known):
-            log.warning("Node %d's claim does not cover its answer: it is a dropout", node)
-            return None
-        return parse_sum(message, width=request.grid.width, bound=self._plan.largest_entry(request))
+    def _opened(self, server_round: int) -> OpenRound:
+        if self._open is None or self._open.request.server_round != server_round:
+            raise RuntimeError(f"round {server_round} was not configured, or is aggregated already")
+        return self._open
 
     def _complete(self, result: PrivateResult, grid: Grid) -> None:
         assert self._noise is not None and result.arrays is not None
@@ -375,6 +375,7 @@ class LocalDPFedAvg(NobodyEvaluates):
             "strategy": type(self).__name__,
             "server_optimizer": repr(self.server_optimizer),
             "shuffled_reports": repr(self._stated.stated),
+            "secure_aggregation": repr(self._secure),
             **self._plan.fixed(num_rounds),
         }
         state = None if self._checkpoints is None else self._checkpoints.load()

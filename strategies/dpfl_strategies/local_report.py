@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dpfl_flower.accounting import PrivacyUnit, TrustModel
 from dpfl_flower.client.local_noise import LocalNoise
 from dpfl_flower.client.local_request import LocalRequest
+from dpfl_strategies.claimed_sums import ClaimedSums
 from dpfl_strategies.local_plan import LocalPlan
 from dpfl_strategies.run_report import epsilon_of
 from dpfl_strategies.server_optimizers import ServerOptimizer
@@ -49,7 +50,7 @@ class LocalReport:
     server_optimizer: ServerOptimizer
     signal_to_noise: dict[int, float] = field(default_factory=dict)
 
-    def summary(self, noise: LocalNoise | None) -> None:
+    def summary(self, noise: LocalNoise | None, *, secure: ClaimedSums | None = None) -> None:
         """Log what will be done."""
         request = self.plan.request
         log.info("\t├──> Unit: %s, relation: %s", request.unit, request.relation)
@@ -57,6 +58,8 @@ class LocalReport:
             log.info("\t├──> Sampling: %s, drawn inside the nodes", request.sampling)
         log.info("\t├──> Clipping: %s", self.plan.clipping)
         log.info("\t├──> Trust: %s", TrustModel.LOCAL)
+        if secure is not None:
+            log.info("\t├──> The server sees sums only: %r", secure)
         if noise is not None:
             log.info("\t├──> Noise: %s, multiplier %.4f", noise.law, noise.noise_multiplier)
         log.info("\t├──> Server optimizer: %s", self.server_optimizer)

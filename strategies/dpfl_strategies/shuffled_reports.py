@@ -43,13 +43,15 @@ class ShuffledReports:
     fewest: int
 
     @classmethod
-    def parse(cls, stated: int | None, *, num_nodes: int, unit: PrivacyUnit) -> Self:
-        """Check what the user states.
+    def parse(
+        cls, stated: int | None, *, num_nodes: int, unit: PrivacyUnit, masked: bool = False
+    ) -> Self:
+        """Check what the user states; ``masked`` is whether reports leave their nodes under masks.
 
         Raises
         ------
         ValueError
-            If there cannot be so many, or a report is not of one unit.
+            If there cannot be so many, a report is not of one unit, or there are none to mix.
         """
         if stated is not None:
             checks.positive_int(shuffled_reports=stated)
@@ -58,6 +60,11 @@ class ShuffledReports:
                 raise ValueError(
                     f"shuffled_reports={stated!r} must be None for unit={str(unit)!r}: what is "
                     "mixed are the answers of nodes"
+                )
+            if masked:
+                raise ValueError(
+                    f"shuffled_reports={stated!r} must be None with secure_aggregation: it is no "
+                    "shuffler, and nobody sees reports that could be mixed"
                 )
         return cls(stated, num_nodes)
 
