@@ -39,8 +39,8 @@ def vector(metrics, *, update=0.25, **changes):
 
 
 def test_a_request_travels_whole():
-    found = UpdateRequest.from_config(request().to_config())
-    assert found == request()
+    for record in (request().to_config(), ConfigRecord.inflate(request().to_config().deflate())):
+        assert UpdateRequest.from_config(record) == request()
     plain = request(grid=IntegerGrid.for_noise_multiplier(1.0, 4), metrics=MetricRanges())
     assert not plain.to_config().keys() & METRIC_FIELDS
     assert UpdateRequest.from_config(plain.to_config()) == plain

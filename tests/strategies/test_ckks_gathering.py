@@ -16,6 +16,7 @@ from dpfl_strategies import (
     AllClientsFailed,
     DistributedDPFedAvg,
     DPFedAvg,
+    NoisedMetrics,
     NumExamplesWeighting,
 )
 
@@ -104,12 +105,15 @@ def same(first, second):
         {"weighting": NumExamplesWeighting(w_max=40, mean_weight=0.6)},
         {"rounding": "dithered"},
         {"noise_multiplier": 0.0},
+        {"metrics": NoisedMetrics({"loss": (0.0, 1.0), "num-examples": (0, 60)}, share=1.0)},
     ],
 )
 def test_a_run_is_the_same_to_the_last_bit_with_and_without(files, changes):
     plain = run(strategy(**changes))
     hidden = run(strategy(secure_aggregation=ckks(files), **changes), files)
     same(plain.arrays, hidden.arrays)
+    assert plain.train_metrics_clientapp == hidden.train_metrics_clientapp
+    assert set(hidden.train_metrics_clientapp) == ({1, 2} if "metrics" in changes else set())
     assert np.any(hidden.arrays["w"].numpy())
     other = run(strategy(secure_aggregation=ckks(files), **changes, noise_seed=5), files)
     assert changes.get("noise_multiplier") == 0 or np.any(
