@@ -22,7 +22,8 @@ class NoisedMetrics:
 
     Each node's metrics of its training reply are clipped to their ranges, rounded and appended to
     its bounded update. The noise covers the whole vector, so that a round with metrics is one
-    release at the price of one. What comes out is the mean metric, in the training metrics of the
+    release at the price of one, by the argument that pays for the clip indicator (Andrew et al.,
+    arXiv 1905.03871, Theorem 1). What comes out is the mean metric, in the training metrics of the
     result under its own name, clipped to its range (which costs nothing: it is public).
 
     A node counts once, whatever its weight. One that is missing, whose update is not finite or
@@ -49,6 +50,17 @@ class NoisedMetrics:
     ------
     ValueError
         Without a metric, for a range that is none, and for a share out of range.
+
+    Examples
+    --------
+    >>> from dpfl_flower import EveryoneSampling, FixedClipping
+    >>> from dpfl_strategies import DPFedAvg, NoisedMetrics
+    >>> strategy = DPFedAvg(
+    ...     noise_multiplier=1.0,
+    ...     sampling=EveryoneSampling(100),
+    ...     clipping=FixedClipping(0.5),
+    ...     metrics=NoisedMetrics({"accuracy": (0.0, 1.0), "loss": (0.0, 5.0)}),
+    ... )
     """
 
     bounds: Mapping[str, tuple[float, float]]
