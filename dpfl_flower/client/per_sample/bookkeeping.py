@@ -60,9 +60,7 @@ class BookKeepingClipper(PerExampleClipper):
     def _clipped_sum(self, batch: Batch) -> list[Tensor]:
         assert self._capture is not None, "used outside its with block"
         found = _once_each(
-            self._capture.backward(
-                lambda: self._losses(self.model, batch).sum(), records=len(batch[-1])
-            )
+            self._capture.backward(lambda: self._losses(self.model, batch), records=len(batch[-1]))
         )
         if not found:
             return self.zeros()

@@ -2,7 +2,7 @@
 
 >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
 >>> with Capture(model) as capture:
-...     parts = capture.backward(lambda: model(torch.ones(5, 2)).sum(), records=5)
+...     parts = capture.backward(lambda: model(torch.ones(5, 2))[:, 0], records=5)
 >>> [part.parameters[0] is layer.weight for part, layer in zip(parts, (model[2], model[0]))]
 [True, True]
 """
@@ -60,8 +60,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def backward(self, loss: Callable[[], Tensor], *, records: int) -> list[Contribution]:
-        """Return the contributions of the records to the summed losses that ``loss()`` returns.
+    def backward(self, losses: Callable[[], Tensor], *, records: int) -> list[Contribution]:
+        """Return the contributions of the records to the sum of what ``losses()`` returns.
 
         A layer that was used twice contributes twice.
 
@@ -74,12 +74,13 @@ class Capture:
         """
         self._records, self._active = records, True
         try:
-            total = loss()
+            of_records = losses()
             asked, unseen = tuple(self._asked), self._unseen()
             wanted = [one[3] for one in asked]
             wanted += [*self._first, *map(get_gradient_edge, unseen)]
-            if wanted and total.requires_grad:
-                gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+            if wanted and of_records.requires_grad:
+                each = torch.ones_like(of_records)  # the gradient of the sum, which needs no sum
+                gradients = torch.autograd.grad(of_records, wanted, each, allow_unused=True)
                 for p, gradient in zip(unseen, gradients[len(wanted) - len(unseen) :], strict=True):
                     if gradient is not None:
                         raise ModelRefused(

@@ -7,6 +7,7 @@
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -89,7 +90,7 @@ class Clip:
         """
         total = squares[0] if len(squares) == 1 else torch.stack(list(squares)).sum(0)
         norms = total.sqrt()
-        limit, dropped = self.norm * _LIMIT, None
+        limit, dropped = min(self.norm * _LIMIT, sys.float_info.max), None
         # False for nan, which is the largest where there is one. A device would have to be awaited.
         known = norms.device.type == "cpu" and norms.shape[0] > 0
         if not (known and float(norms.max()) <= limit):
