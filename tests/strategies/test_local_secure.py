@@ -314,6 +314,28 @@ def test_a_run_goes_on_from_its_checkpoint_under_the_same_protocol_only(tmp_path
     assert json.loads((tmp_path / "state.json").read_text())["server_round"] == 3
 
 
+def test_what_nodes_claimed_for_an_abandoned_round_is_kept_and_the_round_is_done(tmp_path):
+    it = secure(checkpoint_dir=tmp_path)
+    run(it, rounds=2, fault=silent(stage="unmask", rounds=(2,)))
+    saved = json.loads((tmp_path / "state.json").read_text())
+    assert saved["server_round"] == 2
+    assert [json.loads(c["events"])[0]["count"] for c in saved["claims"].values()] == [2] * NODES
+    asked = []
+    run(secure(checkpoint_dir=tmp_path), rounds=3, fault=lambda m: asked.append(m.metadata))
+    assert {sent.group_id.split("/")[0] for sent in asked} == {"3"}
+
+
+def test_nodes_forget_a_round_after_the_time_that_its_stages_may_take():
+    told = set()
+
+    def fault(sent):
+        request = decode_request(sent.content)
+        told.add(getattr(request, "seconds", None))
+
+    run(secure(), timeout=60.0, fault=fault)
+    assert told == {300.0, None}
+
+
 def test_a_loop_of_ones_own_has_to_go_through_all_stages():
     it = secure(give_up_after=None)
     caught = []

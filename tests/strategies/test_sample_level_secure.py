@@ -465,6 +465,16 @@ def test_a_run_goes_on_from_its_checkpoint_under_the_same_protocol_only(tmp_path
     assert set(saved["claims"]) == {str(1000 + index) for index in range(NODES)}
 
 
+def test_nodes_forget_a_round_after_the_time_that_its_stages_may_take():
+    told = set()
+
+    def fault(sent):
+        told.add(getattr(decode_request(sent.content), "seconds", None))
+
+    run(secure(), timeout=60.0, fault=fault)
+    assert told == {300.0, None}
+
+
 def test_a_loop_of_ones_own_has_to_go_through_all_stages():
     made = secure()
     with InProcessGrid(app(), num_supernodes=NODES) as grid:
