@@ -23,7 +23,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.distributed import DistributedPlan, ShareNoise
-from dpfl_flower.secagg import LONGEST_SECONDS, SecureAggregation, Session, SumRequest, terms_of
+from dpfl_flower.secagg import SecureAggregation, Session, SumRequest, terms_of
 from dpfl_strategies.distributed_design import DistributedDesign, unit_sampling_rate
 from dpfl_strategies.distributed_report import DistributedReport
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
@@ -41,10 +41,8 @@ from dpfl_strategies.round_loop import (
     run_rounds,
 )
 from dpfl_strategies.run_files import RunFiles
-from dpfl_strategies.secure_round import SecureRound
+from dpfl_strategies.secure_round import SecureRound, round_seconds
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
-
-_STAGES = 5
 
 
 @dataclass(frozen=True)
@@ -300,7 +298,7 @@ class DistributedDPFedAvg(NobodyEvaluates):
             nodes=nodes,
             width=run.plan.grid.padded,
             bits=run.plan.grid.bits,
-            seconds=min(LONGEST_SECONDS, _STAGES * self._stage_seconds),
+            seconds=round_seconds(self._stage_seconds),
         )
         exchange = SecureRound(self._secure, wanted, task)
         self._open = _OpenRound(request, reference, exchange, len(nodes))

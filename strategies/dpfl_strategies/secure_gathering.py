@@ -5,7 +5,7 @@ themselves, masked, and summed under their masks.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final, final
+from typing import final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -21,7 +21,6 @@ from dpfl_flower.accounting import (
 from dpfl_flower.client.contribution import SumBound
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
 from dpfl_flower.secagg import (
-    LONGEST_SECONDS,
     SecureAggregation,
     Session,
     SumRequest,
@@ -33,12 +32,10 @@ from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import PrivateRun
-from dpfl_strategies.secure_round import SecureRound
+from dpfl_strategies.secure_round import SecureRound, round_seconds
 from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, Weighting
 
 __all__ = ["SecureGathering"]
-
-_STAGES: Final = 5
 
 
 @final
@@ -162,7 +159,7 @@ class SecureGathering(Gathering):
             width=self._width,
             bits=self._encoding.bits,
             lanes=self._encoding.lanes,
-            seconds=min(LONGEST_SECONDS, _STAGES * self.stage_seconds),
+            seconds=round_seconds(self.stage_seconds),
             largest=self._largest,
         )
         self._round = SecureRound(self._secure, request, task)
