@@ -9,6 +9,7 @@ ValueError: max_update_norm=None must be given with secure_aggregation: it keeps
 wrapping around
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, final
@@ -25,6 +26,8 @@ from dpfl_strategies.claimed_sums import ClaimedSums
 from dpfl_strategies.secure_round import SecureRound
 
 __all__ = ["OpenAverage", "SecureAverage"]
+
+log = logging.getLogger("flwr.dpfl")
 
 
 @final
@@ -63,7 +66,10 @@ class OpenAverage:
         summed = self.exchange.total
         if summed is None:
             return None
-        return self.request.mean(summed.total, survivors=len(summed.survivors))
+        mean = self.request.mean(summed.total, survivors=len(summed.survivors))
+        if mean is None:
+            log.warning("A round is given up: its weights add up to nothing, or to too much")
+        return mean
 
 
 @final

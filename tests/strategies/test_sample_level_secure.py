@@ -428,6 +428,20 @@ def test_a_round_with_too_few_changes_nothing_and_the_next_goes_on(stage):
     assert result.rounds == 3
 
 
+def test_a_round_whose_weights_add_up_to_nothing_changes_nothing(caplog):
+    def uncounted(received, ctx):
+        reply = train(received, ctx)
+        if received.content["config"]["server-round"] == 2:
+            reply.content["metrics"]["num-examples"] = 0
+        return reply
+
+    more = {"weigh_by_num_examples": True, "max_num_examples": 60}
+    momentum = {"server_optimizer": FedAvgM(lr=1.0, momentum=0.9)}
+    result = run(secure(**more, **momentum), app(uncounted), rounds=3)
+    np.testing.assert_array_equal(flat(result), flat(run(secure(**more, **momentum), rounds=2)))
+    assert sum("given up" in logged.getMessage() for logged in caplog.records) == 1
+
+
 def test_abandoned_rounds_in_a_row_end_the_run_with_the_last_model():
     made = secure(give_up_after=2)
     with pytest.raises(AllClientsFailed, match="in 2 rounds in a row") as failed:
