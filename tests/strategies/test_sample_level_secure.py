@@ -442,6 +442,20 @@ def test_a_round_whose_weights_add_up_to_nothing_changes_nothing(caplog):
     assert sum("given up" in logged.getMessage() for logged in caplog.records) == 1
 
 
+def test_a_sum_with_a_mask_left_in_it_is_given_up():
+    def garbling(received, ctx, call_next):
+        reply = call_next(received, ctx)
+        if ctx.node_config["partition-id"] == 0 and "masked" in reply.content:
+            sent = reply.content["masked"]["sum"].numpy()
+            garbled = np.random.default_rng(1).integers(0, 256, sent.shape, np.uint8)
+            reply.content["masked"] = ArrayRecord({"sum": Array(garbled)})
+        return reply
+
+    result = run(secure(give_up_after=None), app(mods=[garbling, secure_aggregation_mod]))
+    np.testing.assert_array_equal(flat(result), 0)
+    assert len(result.node_privacy.claims) == NODES
+
+
 def test_abandoned_rounds_in_a_row_end_the_run_with_the_last_model():
     made = secure(give_up_after=2)
     with pytest.raises(AllClientsFailed, match="in 2 rounds in a row") as failed:
