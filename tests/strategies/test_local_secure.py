@@ -22,8 +22,7 @@ from dpfl_flower.simulation import Fault, InProcessGrid
 from dpfl_strategies import AllClientsFailed, CheckpointError, FedAvgM, LocalDPFedAvg
 from tests.support.contracts import statistics
 from tests.support.contracts.strategy import quiet
-from tests.support.dropouts import KINDS, NODES
-from tests.support.secure_run import dropping
+from tests.support.dropouts import KINDS, NODES, dropping
 
 USERS = 10
 DELTA = 1e-5

@@ -28,9 +28,8 @@ from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.wire import decode_request
 from dpfl_flower.simulation import Fault, InProcessGrid
 from dpfl_strategies import AllClientsFailed, CheckpointError, FedAvgM, SampleLevelFedAvg
-from tests.support.dropouts import KINDS, NODES
+from tests.support.dropouts import KINDS, NODES, dropping
 from tests.support.node import context, message
-from tests.support.secure_run import dropping
 
 BOUND = 50.0
 SECRET = 4711.0625
@@ -448,6 +447,7 @@ def test_a_sum_with_a_mask_left_in_it_is_given_up():
         if ctx.node_config["partition-id"] == 0 and "masked" in reply.content:
             sent = reply.content["masked"]["sum"].numpy()
             garbled = np.random.default_rng(1).integers(0, 256, sent.shape, np.uint8)
+            garbled[-4:] = sent[-4:]  # the weight, by which it would be found out as well
             reply.content["masked"] = ArrayRecord({"sum": Array(garbled)})
         return reply
 
