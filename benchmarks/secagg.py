@@ -60,7 +60,13 @@ from dpfl_flower.client import secure_aggregation_mod  # noqa: E402
 from dpfl_flower.client.contribution import UpdateRequest  # noqa: E402
 from dpfl_flower.quantize import IntegerGrid  # noqa: E402
 from dpfl_flower.rng import secure  # noqa: E402
-from dpfl_flower.secagg import SecAggPlus, SecureSum, Session, SumRequest  # noqa: E402
+from dpfl_flower.secagg import (  # noqa: E402
+    SecAggPlus,
+    SecureSum,
+    Session,
+    SumRequest,
+    masked_grid,
+)
 from dpfl_flower.secagg.lanes import encoding_without_wrap  # noqa: E402
 from dpfl_flower.secagg.masks import apply_masks  # noqa: E402
 from dpfl_flower.secagg.modulus import bits_without_wrap  # noqa: E402
@@ -222,7 +228,7 @@ class Ours:
     """All stages of one node, and all stages of the server."""
 
     def __init__(self, nodes: int, neighbours: int | None, weights: Vector) -> None:
-        grid = IntegerGrid.for_noise_multiplier(1.0, weights.size)
+        grid = _grid(nodes, weights.size)
         self.largest = largest = grid.sensitivity_units
         self.encoding = encoding_without_wrap(largest, nodes, grid.width)
         self.task = RecordDict(
@@ -308,10 +314,18 @@ class Ours:
         return vector, rest
 
 
+def _grid(nodes: int, dimension: int) -> IntegerGrid:
+    """Return the grid that a strategy's noise of one clip norm has under masks."""
+    return masked_grid(
+        lambda least: IntegerGrid.for_noise_multiplier(1.0, dimension, least_noise_units=least),
+        parties=nodes,
+    )
+
+
 def masks_alone() -> float:
     """Print the table for 20 masks of one vector, and return the ratio."""
     keys = [secure().random_bytes(32) for _ in range(20)]
-    grid = IntegerGrid.for_noise_multiplier(1.0, DIMENSION)
+    grid = _grid(20, DIMENSION)
     encoding = encoding_without_wrap(grid.sensitivity_units, 20, DIMENSION)
 
     def ours() -> None:

@@ -24,9 +24,11 @@ from dpfl_flower import checks
 from dpfl_flower.clipping import Norm
 from dpfl_flower.quantize.dither import PERIOD
 
-__all__ = ["IntegerGrid", "Rounding", "to_float"]
+__all__ = ["USUAL_NOISE_UNITS", "IntegerGrid", "Rounding", "to_float"]
 
-_SMALLEST_NOISE_UNITS = 1 << 14
+USUAL_NOISE_UNITS = 1 << 14
+"""The noise's standard deviation s on the coarsest grid, unless a coarser one is asked for."""
+
 _LARGEST_NOISE_UNITS = 1 << 17
 _CLIP_UNITS_WITHOUT_NOISE = float(1 << 24)
 _METRIC_UNITS_WITHOUT_NOISE = 1 << 20
@@ -196,6 +198,7 @@ class IntegerGrid:
         num_metrics: int = 0,
         metric_share: float = 0.01,
         max_inflation: float = 1.01,
+        least_noise_units: int = USUAL_NOISE_UNITS,
     ) -> "IntegerGrid":
         """Return the coarsest grid that keeps ``S_int / S`` within ``max_inflation``.
 
@@ -219,6 +222,8 @@ class IntegerGrid:
             to an integer of at least 1, comes to it.
         max_inflation : float
             How much longer than the clip norm the enforced bound may be.
+        least_noise_units : int
+            The coarsest s there may be, a power of two.
 
         Raises
         ------
@@ -254,7 +259,10 @@ class IntegerGrid:
                 num_metrics,
                 _METRIC_UNITS_WITHOUT_NOISE if num_metrics else 0,
             )
-        noise_units = _SMALLEST_NOISE_UNITS
+        checks.positive_int(least_noise_units=least_noise_units)
+        if least_noise_units & (least_noise_units - 1):
+            raise ValueError(f"least_noise_units={least_noise_units!r} must be a power of two")
+        noise_units = int(least_noise_units)
         while noise_units <= _LARGEST_NOISE_UNITS:
             indicator = 0
             if indicator_noise is not None:

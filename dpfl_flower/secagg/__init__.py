@@ -11,6 +11,7 @@ from dpfl_flower.secagg.aggregation import SecureAggregation, SecureExchange, Su
 from dpfl_flower.secagg.ckks import CKKS
 from dpfl_flower.secagg.errors import Refusal, Refused, RoundAbandoned
 from dpfl_flower.secagg.lanes import encoding_of, encoding_without_wrap
+from dpfl_flower.secagg.masked_grid import masked_grid
 from dpfl_flower.secagg.modulus import bits_without_wrap, fewest_bits
 from dpfl_flower.secagg.roster import Identity, Roster
 from dpfl_flower.secagg.round_plan import SecureSum
@@ -36,5 +37,6 @@ __all__ = [
     "encoding_of",
     "encoding_without_wrap",
     "fewest_bits",
+    "masked_grid",
     "terms_of",
 ]

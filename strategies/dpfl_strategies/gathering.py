@@ -25,9 +25,10 @@ from dpfl_flower.accounting import (
 )
 from dpfl_flower.federated_dropout import FederatedDropout, Submodel
 from dpfl_flower.layout import ArrayLayout
+from dpfl_flower.quantize import USUAL_NOISE_UNITS, IntegerGrid
 from dpfl_flower.rng import RandomSource
 from dpfl_strategies.messages import Arrays, to_messages, to_record
-from dpfl_strategies.private_run import PrivateRun
+from dpfl_strategies.private_run import GridOf, PrivateRun
 from dpfl_strategies.replies import accepted, dropout, parse_sum, parse_train
 
 Weigh = Callable[[float], float]
@@ -92,6 +93,10 @@ class Gathering(ABC):
         self, run: PrivateRun, server_round: int, registry: Sequence[int], reference: Arrays
     ) -> Asked:
         """Draw the round's cohort from the registered nodes."""
+
+    def choose_grid(self, at_least: GridOf) -> IntegerGrid:
+        """Return a run's grid, of those that ``at_least`` makes given the least s they may have."""
+        return at_least(USUAL_NOISE_UNITS)
 
     def prepare(self, run: PrivateRun) -> None:
         """Check the run's plan before its first round; ValueError where it cannot work."""

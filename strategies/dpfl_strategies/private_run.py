@@ -1,7 +1,7 @@
 """A private run from its plan to its last round: ledger, checkpoint, integers, state."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,16 @@ _SEED_BYTES = 16
 _WORTH_A_RUN = 0.01
 """A run that begins needs this share of the budget; one that resumes needs one more release."""
 
+GridOf = Callable[[int], IntegerGrid]
+"""Given the least standard deviation of the noise in grid units, the grid of a run."""
+
 
 @dataclass(frozen=True)
 class PrivatePlan:
     """Everything a run is made of that is known before its first round.
 
-    ``settings`` names, as text, what may not change between the parts of a resumed run.
+    ``settings`` names, as text, what may not change between the parts of a resumed run;
+    ``choose_grid`` picks among the grids that differ in how coarse they may be.
     """
 
     files: RunFiles
@@ -43,6 +47,7 @@ class PrivatePlan:
     max_inflation: float
     mean_weight: float
     rng: RandomSource
+    choose_grid: Callable[[GridOf], IntegerGrid]
     noised_metrics: NoisedMetrics | None = None
 
     @property
@@ -136,15 +141,20 @@ class PrivatePlan:
                 multiplier, self.request.sampling.expected_cohort
             )
         metrics = self.noised_metrics
-        return IntegerGrid.for_noise_multiplier(
-            multiplier,
-            ArrayLayout.of(model).dimension,
-            rounding=self.rounding,
-            indicator_noise=indicator_noise,
-            num_metrics=len(self.ranges),
-            metric_share=1 if metrics is None else metrics.share,
-            max_inflation=self.max_inflation,
-        )
+
+        def at_least(noise_units: int) -> IntegerGrid:
+            return IntegerGrid.for_noise_multiplier(
+                multiplier,
+                ArrayLayout.of(model).dimension,
+                rounding=self.rounding,
+                indicator_noise=indicator_noise,
+                num_metrics=len(self.ranges),
+                metric_share=1 if metrics is None else metrics.share,
+                max_inflation=self.max_inflation,
+                least_noise_units=noise_units,
+            )
+
+        return self.choose_grid(at_least)
 
 
 class PrivateRun:

@@ -196,6 +196,19 @@ class PrivateStrategy(Strategy, ABC):
         self.server_optimizer = server_optimizer or FedAvg()
         self.optimizer_state: State = {}
         checks.at_least(1, max_inflation=max_inflation)
+        rng = secure() if noise_seed is None else SeededRandom(noise_seed)
+        self._federated_dropout = federated_dropout
+        self._gathering = gathering_for(
+            request,
+            rng=rng,
+            weigh=self.weigh,
+            weighting=self.weighting,
+            weighs_by_weighting=self.weighs_by_weighting,
+            num_nodes=num_nodes,
+            federated_dropout=federated_dropout,
+            secure_aggregation=secure_aggregation,
+            noised_metrics=noised,
+        )
         self._plan = PrivatePlan(
             files=RunFiles.of(
                 request, dataset=dataset, ledger=ledger, checkpoint_dir=checkpoint_dir
@@ -204,19 +217,8 @@ class PrivateStrategy(Strategy, ABC):
             rounding=rounding_for(rounding, sampling),
             max_inflation=max_inflation,
             mean_weight=self.weighting.mean_weight,
-            rng=secure() if noise_seed is None else SeededRandom(noise_seed),
-            noised_metrics=noised,
-        )
-        self._federated_dropout = federated_dropout
-        self._gathering = gathering_for(
-            request,
-            rng=self._plan.rng,
-            weigh=self.weigh,
-            weighting=self.weighting,
-            weighs_by_weighting=self.weighs_by_weighting,
-            num_nodes=num_nodes,
-            federated_dropout=federated_dropout,
-            secure_aggregation=secure_aggregation,
+            rng=rng,
+            choose_grid=self._gathering.choose_grid,
             noised_metrics=noised,
         )
         self._rounds = PrivateRounds(

@@ -19,6 +19,7 @@ from dpfl_flower.accounting import (
     TrustModel,
 )
 from dpfl_flower.client.contribution import SumBound
+from dpfl_flower.quantize import IntegerGrid
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
 from dpfl_flower.secagg import (
     SecureAggregation,
@@ -26,12 +27,13 @@ from dpfl_flower.secagg import (
     SumRequest,
     encoding_without_wrap,
     fewest_bits,
+    masked_grid,
     terms_of,
 )
 from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
-from dpfl_strategies.private_run import PrivateRun
+from dpfl_strategies.private_run import GridOf, PrivateRun
 from dpfl_strategies.secure_round import SecureRound, round_seconds
 from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, Weighting
 
@@ -116,6 +118,10 @@ class SecureGathering(Gathering):
     def num_nodes(self) -> int:
         """How many nodes there must be."""
         return self._inner.num_nodes
+
+    def choose_grid(self, at_least: GridOf) -> IntegerGrid:
+        """Return the grid with which masked vectors take the fewest bytes; see `masked_grid`."""
+        return masked_grid(at_least, parties=self._max_cohort, units=self._units)
 
     def prepare(self, run: PrivateRun) -> None:
         """Check that sums fit, and forget a round that was never finished."""

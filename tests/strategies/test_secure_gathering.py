@@ -16,7 +16,7 @@ from dpfl_flower.accounting import (
     PrivacyBudget,
 )
 from dpfl_flower.client import secure_aggregation_mod
-from dpfl_flower.client.contribution import contribution_for
+from dpfl_flower.client.contribution import UpdateRequest, contribution_for
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_flower.secagg import (
     RoundAbandoned,
@@ -180,6 +180,28 @@ def test_a_node_that_drops_out_is_missing_from_the_sum_from_its_vector_on(stage)
     )
     fault = None if stage == "unmask" else gone
     same(run(strategy(noise_seed=4), secure=False, rounds=1, fault=fault).arrays, masked.arrays)
+
+
+def test_masked_vectors_of_64_nodes_travel_on_a_grid_half_as_fine_and_cost_the_same_epsilon():
+    asked, spent = {}, {}
+    big = ArrayRecord({"w": Array(np.zeros(5000, np.float32))})
+
+    def note(message):
+        if "update" in message.content:
+            request = UpdateRequest.from_config(message.content["update"])
+            asked[request.parties] = request.grid
+
+    for nodes in (63, 64):
+        made = strategy(
+            noise_multiplier=1.0,
+            sampling=EveryoneSampling(nodes),
+            secure_aggregation=SecAggPlus(neighbours=4),
+        )
+        with InProcessGrid(app(secure=True), num_supernodes=nodes, fault=note) as grid:
+            spent[nodes] = made.start(grid, big, num_rounds=1).privacy.epsilon
+    assert asked[63].noise_units == 2 * asked[64].noise_units == 2**14
+    assert asked[63].noise_multiplier == asked[64].noise_multiplier == 1.0
+    assert spent[63] == pytest.approx(spent[64], rel=1e-9)
 
 
 @pytest.mark.parametrize("stage", ["advertise", "share", "mask", "unmask"])
