@@ -45,6 +45,19 @@ def test_secure_aggregation_gives_the_model_of_no_masks_however_many_drop_out_at
     require_plain_sums(model, KINDS)
 
 
+def test_dp_sgd_nodes_are_averaged_under_masks_with_their_claims(folder: Path) -> None:
+    found = json.loads((folder / engine.MASKED_RESULTS).read_text())
+    assert found["releases"] == [sums_clients.STEPS] * engine.NODES
+    assert found["durable"] == [True] * engine.NODES
+    # Three noisy steps of the mean of six nodes from zero towards weights of 1.
+    weight = np.array(found["weight"])
+    assert np.all(weight != 0) and np.linalg.norm(weight) < engine.MAX_UPDATE_NORM
+    for node in range(engine.NODES):
+        path = folder / engine.MASKED_LEDGERS / f"{node}.jsonl"
+        with Ledger.open(path, dataset="sums", delta=sums_clients.DELTA, unit="example") as ledger:
+            assert ledger.releases == sums_clients.STEPS
+
+
 def test_local_noise_is_what_the_nodes_say_that_it_is(folder: Path) -> None:
     event = Composed(Gaussian(engine.NOISE_MULTIPLIER), engine.LOCAL_ROUNDS)
     results = json.loads((folder / engine.LOCAL_RESULTS).read_text())

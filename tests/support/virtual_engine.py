@@ -7,11 +7,13 @@ own, because Ray leaves warnings behind that pytest would take for the tests'.
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from torch import nn
@@ -21,13 +23,19 @@ from dpfl_flower.client import local_noise_mod, numpy_client_app, secure_aggrega
 from dpfl_flower.client.users import UserCohort, user_cohort_app
 from dpfl_flower.clipping import FixedClipping
 from dpfl_flower.secagg import SecAggPlus
-from dpfl_strategies import LocalDPFedAvg
+from dpfl_flower.secagg.wire import decode_request
+from dpfl_strategies import LocalDPFedAvg, SampleLevelFedAvg
 from tests.support import secure_run, sums_clients
 from tests.support.dropouts import KINDS, NODES
 
 # Two neighbours of five may drop out: t = 3, and 2 t > 5.
 PROTOCOL = SecAggPlus(threshold=0.6)
 SECURE_MODEL = "secure.npy"
+
+MASKED_ROUND = len(KINDS) + 1
+MASKED_LEDGERS = "masked"
+MASKED_RESULTS = "masked.json"
+MAX_UPDATE_NORM = 20.0
 
 USERS = 10
 LOCAL_ROUNDS = 2
@@ -68,6 +76,8 @@ class AllClients(ClientApp):
 
     def _app_for(self, content: RecordDict) -> ClientApp:
         if "secagg" in content:
+            if decode_request(content).server_round == MASKED_ROUND:
+                return self._summing(self._folder / MASKED_LEDGERS, mods=[secure_aggregation_mod])
             app = ClientApp()
             app.train(mods=[secure_run.dropping(KINDS), secure_aggregation_mod])(secure_run.train)
             return app
@@ -80,11 +90,15 @@ class AllClients(ClientApp):
             app.train(mods=[mod])(move)
             return app
 
+        return self._summing(self._folder)
+
+    @staticmethod
+    def _summing(ledgers: Path, mods: Sequence[Mod] = ()) -> ClientApp:
         def client_fn(context: Context) -> object:
-            config = {"ledgers": str(self._folder)}  # run_simulation has none
+            config = {"ledgers": str(ledgers)}  # run_simulation has none
             return sums_clients.client_fn(dataclasses.replace(context, run_config=config))
 
-        return numpy_client_app(client_fn)
+        return numpy_client_app(client_fn, mods=mods)
 
 
 def local_strategy(unit: str) -> LocalDPFedAvg:
@@ -120,6 +134,28 @@ def run_local(grid: Grid) -> dict[str, object]:
     return found
 
 
+def run_masked(grid: Grid) -> dict[str, object]:
+    """Return the model that DP-SGD nodes train in a masked round, and what they say they spent.
+
+    In a loop of its own, because a node answers each round of a run once.
+    """
+    strategy = SampleLevelFedAvg(
+        population=NODES, secure_aggregation=PROTOCOL, max_update_norm=MAX_UPDATE_NORM
+    )
+    start = ArrayRecord({"weight": Array(np.zeros((1, 3))), "bias": Array(np.zeros(1))})
+    messages = strategy.configure_train(MASKED_ROUND, start, ConfigRecord(), grid)
+    while messages is not None:
+        replies = list(grid.send_and_receive(messages, timeout=300))
+        messages = strategy.continue_train(MASKED_ROUND, replies)
+    model, _ = strategy.aggregate_train(MASKED_ROUND, replies)
+    claims = strategy.node_privacy.claims.values()
+    return {
+        "weight": model["weight"].numpy().ravel().tolist(),
+        "releases": [claim.events[0].count for claim in claims],
+        "durable": [claim.durable for claim in claims],
+    }
+
+
 def main(folder: Path) -> None:
     """Run all of them and save what came of them."""
     server = ServerApp()
@@ -129,6 +165,8 @@ def main(folder: Path) -> None:
         del context
         secure = secure_run.run(grid, nodes=NODES, rounds=len(KINDS), secure_aggregation=PROTOCOL)
         np.save(folder / SECURE_MODEL, secure)
+        (folder / MASKED_LEDGERS).mkdir()
+        (folder / MASKED_RESULTS).write_text(json.dumps(run_masked(grid)))
         (folder / LOCAL_RESULTS).write_text(json.dumps(run_local(grid)))
         before = nn.Linear(3, 1).state_dict()
         after = sums_clients.start(grid, before).arrays
