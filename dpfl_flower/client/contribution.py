@@ -2,7 +2,8 @@
 
 The server says in a record which kind it wants; the node makes it, holds it to the bound itself,
 and nothing of the answer but that vector, masked, leaves it. A sum that carries a share
-of the noise already is another kind.
+of the noise already is another kind. Answers that are private already, with all of their noise in
+them, leave with a privacy claim beside the vector.
 
 >>> grid = IntegerGrid.for_noise_multiplier(1.0, 2)
 >>> request = UpdateRequest(grid=grid, clip_norm=1.0, largest=1 << 14, parties=100)

@@ -90,7 +90,8 @@ class SampleLevelFedAvg(Strategy):
         Only with ``secure_aggregation``, and needed there: the L2 bound on what a node's training
         changes, times its weight over the largest. A longer update is shortened by its node. It
         keeps sums from wrapping around and no privacy depends on it: take what no update reaches.
-        The mean is exact to about ``max_update_norm / 2**24`` in each entry.
+        Each entry of the mean is exact to ``max_update_norm / 2**24`` times the largest weight over
+        the mean weight.
     max_num_examples:
         Only with ``secure_aggregation`` and ``weigh_by_num_examples``: the largest weight that a
         node may have; a larger one counts as this.

@@ -90,7 +90,7 @@ class SecureAverage:
     ) -> None:
         self._sums = sums
         self._max_update_norm = max_update_norm
-        self._max_num_examples = max_num_examples or 0
+        self._max_num_examples = int(max_num_examples or 0)  # goes into a checkpoint
 
     @classmethod
     def of(
