@@ -45,7 +45,6 @@ _REPLIES: Final[Mapping[int, type[Reply]]] = {
     kind.stage: kind for kind in typing.get_args(messages.Reply)
 }
 _MAX_INT: Final = 2**64 - 1
-_BYTES: Final = "latin-1"  # each byte is one character
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,11 +121,7 @@ def to_bytes(message: Any) -> bytes:
     flat = _flat(message)
     for name in _columns_of_bytes(type(message)):
         value = flat[name]
-        flat[name] = (
-            value.decode(_BYTES)
-            if isinstance(value, bytes)
-            else [item.decode(_BYTES) for item in value]
-        )
+        flat[name] = value.hex() if isinstance(value, bytes) else [item.hex() for item in value]
     return json.dumps(flat).encode()
 
 
@@ -137,9 +132,9 @@ def from_bytes(kind: type[M], data: bytes) -> M:
         for name in _columns_of_bytes(kind):
             value = flat[name]
             flat[name] = (
-                value.encode(_BYTES)
+                bytes.fromhex(value)
                 if isinstance(value, str)
-                else [item.encode(_BYTES) for item in value]
+                else [bytes.fromhex(item) for item in value]
             )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{kind.__name__} is damaged") from error
