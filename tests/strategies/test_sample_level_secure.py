@@ -6,6 +6,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
@@ -522,6 +529,47 @@ def test_a_loop_of_ones_own_has_to_go_through_all_stages():
     expected = run(secure()).arrays
     for name, array in expected.items():
         np.testing.assert_array_equal(released[name].numpy(), array.numpy())
+
+
+def with_rosters(folder):
+    """Return node configs with identities, one roster of them all, and a journal each."""
+    keys = [Ed25519PrivateKey.generate() for _ in range(NODES)]
+    roster = folder / "roster"
+    lines = [key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) for key in keys]
+    roster.write_bytes(b"\n".join(lines))
+    configs = []
+    for index, key in enumerate(keys):
+        identity = folder / f"identity{index}"
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        identity.write_bytes(private)
+        identity.chmod(0o600)
+        configs.append(
+            {
+                "secagg-identity": str(identity),
+                "secagg-roster": str(roster),
+                "secagg-journal": str(folder / f"journal{index}"),
+            }
+        )
+    return configs
+
+
+def test_nodes_with_rosters_sign_who_survived_and_the_mean_is_the_same(tmp_path):
+    stages = set()
+
+    def fault(sent):
+        stages.add(sent.metadata.group_id)
+        late = sent.metadata.group_id in {"2/mask", "2/acknowledge", "2/unmask"}
+        return Fault.SILENT if late and sent.metadata.dst_node_id == 1000 else None
+
+    made = secure(secure_aggregation=SecAggPlus(threshold=0.6, rosters=True))
+    configs = with_rosters(tmp_path)
+    with InProcessGrid(app(), num_supernodes=NODES, fault=fault, node_configs=configs) as grid:
+        result = made.start(grid, model(), num_rounds=2)
+    assert "2/acknowledge" in stages
+    means = [np.mean([flat_step(i) for i in range(first, NODES)], axis=0) for first in (0, 1)]
+    np.testing.assert_allclose(flat(result), sum(means), atol=1e-4)
+    releases = {n: len(c.events) for n, c in result.node_privacy.claims.items()}
+    assert releases == {1000: 1, **dict.fromkeys(range(1001, 1000 + NODES), 2)}
 
 
 # --- another protocol, and what is refused -------------------------------------------------------
