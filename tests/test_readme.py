@@ -5,6 +5,7 @@ import numpy as np
 
 from dpfl_flower.client import DPSGDClient
 from dpfl_flower.secagg import SecAggPlus
+from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies import DPFedAvg
 from tests.support.node import context
 from tests.support.recording_grid import RecordingGrid, adding, record
@@ -44,6 +45,17 @@ def test_the_readmes_dp_sgd_client_trains_and_says_what_it_spent():
     assert isinstance(client, DPSGDClient)
     client.fit(client.get_parameters({}), {})
     assert 0 < client.privacy_claim()["epsilon"] <= 3.0
+
+
+def test_the_readmes_dp_sgd_nodes_are_averaged_under_masks():
+    names = {}
+    for marker in ("DP-SGD", "secure", "masked DP-SGD"):
+        exec(code_after(f"<!-- {marker}, executed by tests/test_readme.py -->"), names)
+    start = names["client_fn"](context()).get_parameters({})
+    with InProcessGrid(names["app"], num_supernodes=4) as grid:
+        result = names["strategy"].start(grid, record(*start), num_rounds=1)
+    assert 0 < result.node_privacy.worst.epsilon <= 3.0 and len(result.node_privacy.claims) == 4
+    assert np.any(result.arrays["a0"].numpy() != start[0])
 
 
 def test_the_readmes_secure_strategy_is_one():
