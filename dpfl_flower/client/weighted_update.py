@@ -48,6 +48,9 @@ _FIELDS: Final = frozenset({_DIMENSION, _MAX_UPDATE_NORM, _MAX_NUM_EXAMPLES, _PA
 _WEIGHT_BITS: Final = 24
 """About so many bits has the largest weight, where it need not have more."""
 
+_FEWEST_ROUNDINGS: Final = 20
+"""An update is to be so many times as long as what rounding does to it."""
+
 logger = logging.getLogger(NODE_LOGGER)
 
 
@@ -213,16 +216,31 @@ class WeightedUpdate(Contribution):
             logger.warning("This round's answer weighs nothing, or is not finite: it is zeros")
             return vector
         share = weight / request.weight_units
-        if share * length > request.max_update_norm:
-            logger.warning(
-                "The weighted update's norm %g exceeds max_update_norm=%g: it was shortened",
-                share * length,
-                request.max_update_norm,
-            )
+        self._warn(share * length)
         bounded = BoundedSum(request.grid, clip_norm=request.max_update_norm)
         vector[:-1] = bounded.contribution([update], weight=share)
         vector[-1] = weight
         return vector
+
+    def _warn(self, length: float) -> None:
+        """Say in the node's own log where the bound is no good for an update of this length."""
+        most, grid = self._request.max_update_norm, self._request.grid
+        if length > most:
+            logger.warning(
+                "The weighted update's norm %g exceeds max_update_norm=%g: it was shortened",
+                length,
+                most,
+            )
+        # What rounding to nearest does to d entries has a norm of about sqrt(d / 12) units.
+        rounded = math.sqrt(grid.dimension / 12) * grid.unit_size(most)
+        if 0 < length < _FEWEST_ROUNDINGS * rounded:
+            logger.warning(
+                "The weighted update's norm %g is small beside max_update_norm=%g: rounding changes"
+                " it by about %g; a bound nearer to what updates reach keeps it",
+                length,
+                most,
+                rounded,
+            )
 
     def _weight(self, examples: float) -> int:
         """Return the weight in units; 0 for a count that is no number."""

@@ -59,6 +59,18 @@ def refused(code, call, *arguments, **named):
     assert failed.value.code is code
 
 
+@pytest.mark.parametrize(
+    ("most", "said"), [(0.1, "shortened"), (4.0, ""), (1e5, ""), (1e6, "small beside")]
+)
+def test_a_nodes_log_says_where_the_bound_is_no_good_for_its_update(most, said, caplog):
+    contribution(task(max_update_norm=most)).vector(answer())
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
+    caplog.clear()
+    contribution(task(max_update_norm=most)).vector(answer(0.0))
+    assert not caplog.records
+
+
 def test_a_vector_is_the_update_in_fixed_point_and_the_weight_last():
     made = contribution(task())
     assert set(made.task) == {records.ARRAYS, records.CONFIG}
