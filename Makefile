@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests, each with one thread.
-WORKERS ?= 2
+# Processes that share the tests, each with one thread: one more than cores, since some tests wait.
+WORKERS ?= 3
 # Tests start a hundred processes: what one compiles, the next should find.
 unexport PYTHONDONTWRITEBYTECODE
 
