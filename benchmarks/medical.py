@@ -14,6 +14,9 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from apps.medical.medical.client_app import app
 from apps.medical.medical.report import Report
 from apps.medical.medical.server_app import train
@@ -71,7 +74,11 @@ def main() -> None:
     seeds, bar = range(1, arguments.seeds + 1), BARS[arguments.trust]
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        reports = [run(seed, Path(folder) / str(seed), trust=arguments.trust) for seed in seeds]
+        console = Console(stderr=True)
+        reports = [
+            run(seed, Path(folder) / str(seed), trust=arguments.trust)
+            for seed in track(seeds, "Training", console=console, transient=True)
+        ]
     first = reports[0]
     print(
         f"AUC on held-out patients (NOT PRIVATE); unit: one patient, {first.relation}, "

@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -184,14 +186,14 @@ def main() -> None:
     rivals: dict[str, TrainNode] = {"dpfl-flower": ours, "Opacus": opacus}
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in rivals}
     seconds = dict.fromkeys(rivals, 0.0)
-    for epsilon in EPSILONS:
-        for seed in range(arguments.seeds):
-            nodes, test = split(data, seed)
-            for name, train in rivals.items():
-                began = time.process_time()
-                reached = accuracy(train, nodes, test, epsilon=epsilon, seed=seed)
-                seconds[name] += time.process_time() - began
-                figures[name].setdefault(f"{epsilon:g}", []).append(reached)
+    runs = [(epsilon, seed) for epsilon in EPSILONS for seed in range(arguments.seeds)]
+    for epsilon, seed in track(runs, "Training", console=Console(stderr=True), transient=True):
+        nodes, test = split(data, seed)
+        for name, train in rivals.items():
+            began = time.process_time()
+            reached = accuracy(train, nodes, test, epsilon=epsilon, seed=seed)
+            seconds[name] += time.process_time() - began
+            figures[name].setdefault(f"{epsilon:g}", []).append(reached)
     rows = [
         [name, *(f"{statistics.mean(v):.3f} ± {_spread(v):.3f}" for v in by_epsilon.values())]
         for name, by_epsilon in figures.items()
