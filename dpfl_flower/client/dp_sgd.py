@@ -105,7 +105,8 @@ class DPSGDClient(NumPyClient):
     ledger : NodeLedger
         Where the steps are charged.
     policy : NodePolicy, optional
-        What the node agrees to; see `NodePolicy.from_node_config`.
+        What the node agrees to, beside what its own config says: a ledger `NodeLedger.from_context`
+        brings that along, and it holds without being named here.
     engine : GradientEngine
         How per-example gradients are bounded. Default: in one backward pass ("book-keeping") where
         there is a rule for every layer that is trained, else by Opacus, else by functorch: the
@@ -167,7 +168,7 @@ class DPSGDClient(NumPyClient):
         self._loss_fn = loss_fn
         self._optimizer = optimizer
         self._ledger = ledger
-        self._policy = NodePolicy() if policy is None else policy
+        self._policy = policy
         self._example = None if example is None else [_one(part, self._device) for part in example]
         self._claim: ConfigRecord | None = None
         self._clipper: type[PerExampleClipper] | None = None

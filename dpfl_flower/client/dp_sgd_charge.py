@@ -5,11 +5,13 @@
 ...     expected_batch_size=20, delta=1e-4, noise_multiplier=1.2,
 ... )
 >>> claimed = charge_round(
-...     config, NodeLedger("demo"), NodePolicy(), noise_multiplier=1.2, dimension=8, rng=secure()
+...     config, NodeLedger("demo"), noise_multiplier=1.2, dimension=8, rng=secure()
 ... )
 >>> claimed["dataset"], claimed["durable"], round(float(str(claimed["epsilon"])), 2)
 ('demo', False, 1.21)
 """
+
+from collections.abc import Iterable
 
 from flwr.app import ConfigRecord
 
@@ -34,7 +36,7 @@ def resolve_noise(config: DPSGDConfig, dimension: int) -> float:
 def charge_round(
     config: DPSGDConfig,
     ledger: NodeLedger,
-    policy: NodePolicy,
+    policy: NodePolicy | None = None,
     *,
     noise_multiplier: float,
     dimension: int,
@@ -44,6 +46,8 @@ def charge_round(
 
     Parameters
     ----------
+    policy : NodePolicy, optional
+        Asked beside the ledger's own, which a node's config sets.
     noise_multiplier : float
         As `resolve_noise` returns it. It is charged as none where ``rng`` does not protect.
     dimension : int
@@ -65,14 +69,15 @@ def charge_round(
         relation=config.relation,
         budget=config.budget,
     ) as opened:
-        policy.check_release(
-            opened,
-            Composed(step, config.steps_per_round),
-            noise_multiplier=charged,
-            total_variation=astray * config.steps_per_round,
-            chosen_by_node=ledger.chosen_by_node,
-            cryptographic=config.noise_source.cryptographic,
-        )
+        for asked in _asked(ledger.policy, policy):
+            asked.check_release(
+                opened,
+                Composed(step, config.steps_per_round),
+                noise_multiplier=charged,
+                total_variation=astray * config.steps_per_round,
+                chosen_by_node=ledger.chosen_by_node,
+                cryptographic=config.noise_source.cryptographic,
+            )
         opened.plan(
             ledger.run,
             step,
@@ -82,3 +87,8 @@ def charge_round(
         )
         opened.charge(ledger.run, config.steps_per_round, charge_note(config.noise_source))
         return claim(opened)
+
+
+def _asked(*policies: NodePolicy | None) -> Iterable[NodePolicy]:
+    """Return the policies there are, each once: all must agree. Without any, what none allows."""
+    return dict.fromkeys(policy for policy in policies if policy is not None) or (NodePolicy(),)

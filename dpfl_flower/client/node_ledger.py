@@ -38,6 +38,7 @@ from dpfl_flower.accounting import (
 from dpfl_flower.accounting.ledger import NOISE_NOTE
 from dpfl_flower.accounting.terms import LedgerTerms
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.wire import config_record
 
 _WAIT_SECONDS: Final = 60.0
@@ -61,6 +62,8 @@ class NodeLedger:
     chosen_by_node : bool
         Whether whoever runs the node chose ``path``. Only such a ledger holds a node's own policy:
         one that the app or the server names starts from zero wherever they name another.
+    policy : NodePolicy, optional
+        What whoever runs the node agrees to: DP-SGD asks it before each charge.
     state : RecordDict
         Where a ledger without a file stays between two messages of a run.
     """
@@ -70,6 +73,7 @@ class NodeLedger:
     run: str = field(default="local", kw_only=True)
     wait_seconds: float = field(default=_WAIT_SECONDS, kw_only=True)
     chosen_by_node: bool = field(default=False, kw_only=True)
+    policy: NodePolicy | None = field(default=None, kw_only=True)
     state: RecordDict = field(default_factory=RecordDict, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,9 +91,11 @@ class NodeLedger:
         path: str | os.PathLike[str] | None = None,
         wait_seconds: float = _WAIT_SECONDS,
     ) -> Self:
-        """Return the ledger at ``path``, else at the node config's ``ledger-path``.
+        """Return the ledger at the node config's ``ledger-path``, else at ``path``, and its policy.
 
-        Whoever runs the node chooses: its ``ledger-path`` goes before ``path``, which is the app's.
+        Whoever runs the node chooses: its ``ledger-path`` goes before ``path``, which is the app's,
+        and its policy holds for all that is charged here, whatever the app asks for; see
+        `NodePolicy.from_node_config`, errors too.
         """
         configured = context.node_config.get(records.LEDGER_PATH)
         if configured is not None and not (configured and isinstance(configured, str)):
@@ -100,6 +106,7 @@ class NodeLedger:
             run=f"flower-run-{context.run_id}",
             wait_seconds=wait_seconds,
             chosen_by_node=configured is not None,
+            policy=NodePolicy.from_node_config(context.node_config),
             state=context.state,
         )
 

@@ -114,7 +114,8 @@ class StackedDPSGD:
     example : sequence of Tensor or array
         Inputs and target of one record, of which only shapes and dtypes count: public constants.
     policy : NodePolicy, optional
-        What the node agrees to, for each data set.
+        What the node agrees to for each data set, beside what its own config says: see
+        `DPSGDClient`.
     device : torch.device or str, optional
         Default: ``cuda`` where there is one, else ``cpu``.
     rng : RandomSource, optional
@@ -153,7 +154,7 @@ class StackedDPSGD:
         _require_own_ledgers(ledgers)
         self._device = training_device(device)
         self._rng = secure() if rng is None else rng
-        self._policy = NodePolicy() if policy is None else policy
+        self._policy = policy
         self._models, self._ledgers = list(models), list(ledgers)
         self._config, self._loss_fn, self._optimizer = config, loss_fn, optimizer
         self._records = [RecordSet(dataset, self._device) for dataset in datasets]

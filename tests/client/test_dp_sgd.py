@@ -541,7 +541,6 @@ def app_for(make_model=lambda: nn.Linear(3, 1), data=None, **changes):
             regression() if data is None else data,
             configured(**changes),
             ledger=NodeLedger.from_context(node, dataset="heart"),
-            policy=NodePolicy.from_node_config(node.node_config),
         )
 
     return numpy_client_app(client_fn)
@@ -578,13 +577,31 @@ def test_the_run_keeps_its_account_in_the_context_between_messages():
 
 
 def test_the_node_config_sets_the_policy_and_the_ledger(tmp_path):
-    refuses = context(min_noise_multiplier=1.1)
-    reply = app_for()(message("train", request()), refuses)
-    assert reply.error.code == NodeErrorCode.POLICY_REFUSED
+    path = str(tmp_path / "refused.jsonl")
+    for node_config in (
+        {"min_noise_multiplier": 1.1},
+        {"max_epsilon": 0.1, "max_delta": 1e-5, "ledger_path": path},
+        {"max_epsilon": 1e6, "max_delta": 1e-5},  # without a ledger of the node's own
+    ):
+        reply = app_for()(message("train", request()), context(**node_config))
+        assert reply.error.code == NodeErrorCode.POLICY_REFUSED
     writes = context(ledger_path=str(tmp_path / "ledger.jsonl"))
     reply = app_for()(message("train", request()), writes)
     assert reply.content["privacy"]["durable"] is True
     assert (tmp_path / "ledger.jsonl").exists()
+
+
+def test_no_policy_that_an_app_brings_loosens_the_nodes_own():
+    ledger = NodeLedger.from_context(context(min_noise_multiplier=1.1), dataset="heart")
+    for policy in (None, NodePolicy(), NodePolicy(min_noise_multiplier=0.5)):
+        client = client_for(
+            nn.Linear(3, 1), regression(), configured(), ledger=ledger, policy=policy
+        )
+        assert code_of(client) is NodeErrorCode.POLICY_REFUSED
+    lax = NodeLedger.from_context(context(min_noise_multiplier=0.5), dataset="heart")
+    strict = NodePolicy(min_noise_multiplier=1.1)
+    client = client_for(nn.Linear(3, 1), regression(), configured(), ledger=lax, policy=strict)
+    assert code_of(client) is NodeErrorCode.POLICY_REFUSED
 
 
 class Leaks(Dataset):

@@ -24,6 +24,7 @@ from dpfl_flower.client import (
 from dpfl_flower.client.sum_grid import SumGrid
 from dpfl_flower.clipping import AdaptiveClipping
 from dpfl_flower.rng import SeededRandom
+from tests.support.node import context
 
 MSE = nn.MSELoss(reduction="none")
 EXAMPLE = (torch.zeros(3), torch.tensor(0.0))
@@ -333,6 +334,17 @@ def test_the_nodes_policy_holds_for_each_data_set():
     outcomes = stack_of(models, [regression(9)] * 2, configured(), policy=policy).train()
     assert {outcome.refused.code for outcome in outcomes} == {NodeErrorCode.POLICY_REFUSED}
     assert all(torch.equal(a, numbers(b)) for a, b in zip(before, models, strict=True))
+
+
+def test_each_ledger_brings_the_policy_of_the_nodes_config():
+    models = [mlp(), mlp()]
+    ledgers = [
+        NodeLedger.from_context(context(min_noise_multiplier=least), dataset=f"w{least}")
+        for least in (0.9, 1.1)
+    ]
+    outcomes = stack_of(models, [regression(9)] * 2, configured(), ledgers=ledgers).train()
+    assert [outcome.trained for outcome in outcomes] == [True, False]
+    assert outcomes[1].refused.code is NodeErrorCode.POLICY_REFUSED
 
 
 def test_all_are_charged_before_the_first_is_trained_and_stay_charged_if_it_fails(tmp_path):

@@ -12,7 +12,6 @@ from dpfl_flower.client import (
     NodeError,
     NodeErrorCode,
     NodeLedger,
-    NodePolicy,
 )
 
 from .evaluation import ScoreHistogram
@@ -42,7 +41,6 @@ class HospitalClient(DPSGDClient):
             ledger=NodeLedger.from_context(
                 context, dataset=hospital.dataset, path=hospital.ledger_path
             ),
-            policy=NodePolicy.from_node_config(context.node_config),
             device="cpu",  # sixteen numbers
         )
         self._logistic = model
