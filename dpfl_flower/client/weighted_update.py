@@ -63,7 +63,8 @@ class AverageRequest:
     dimension : int
         The length of the released model.
     max_update_norm : float
-        L2 bound on a node's weighted update. Longer ones are shortened: that costs utility only.
+        L2 bound on a node's weighted update, and 2^24 times what its entries are rounded to.
+        Longer ones are shortened: that costs utility only.
     parties : int
         No more vectors are summed.
     max_num_examples : int
@@ -90,6 +91,11 @@ class AverageRequest:
     def grid(self) -> IntegerGrid:
         """The integers of an update: ``max_update_norm`` is 2^24 units."""
         return IntegerGrid.for_noise_multiplier(0, self.dimension)
+
+    @property
+    def resolution(self) -> float:
+        """The multiples to which each entry of a weighted update is rounded: the bound / 2^24."""
+        return self.grid.unit_size(self.max_update_norm)
 
     @property
     def weight_units(self) -> int:
@@ -121,7 +127,7 @@ class AverageRequest:
         weight = int(total[-1])
         if not 0 < weight <= survivors * self.weight_units:
             return None
-        unit = self.grid.unit_size(self.max_update_norm) * (self.weight_units / weight)
+        unit = self.resolution * (self.weight_units / weight)
         return np.asarray(total[:-1], np.float64) * unit
 
     def to_config(self) -> ConfigRecord:
@@ -216,14 +222,16 @@ class WeightedUpdate(Contribution):
             logger.warning("This round's answer weighs nothing, or is not finite: it is zeros")
             return vector
         share = weight / request.weight_units
-        self._warn(share * length)
         bounded = BoundedSum(request.grid, clip_norm=request.max_update_norm)
         vector[:-1] = bounded.contribution([update], weight=share)
+        self._warn(share * length, kept=bool(vector[:-1].any()))
         vector[-1] = weight
         return vector
 
-    def _warn(self, length: float) -> None:
+    def _warn(self, length: float, *, kept: bool) -> None:
         """Say in the node's own log where the bound is no good for an update of this length."""
+        if not length:
+            return
         most, grid = self._request.max_update_norm, self._request.grid
         if length > most:
             logger.warning(
@@ -231,12 +239,22 @@ class WeightedUpdate(Contribution):
                 length,
                 most,
             )
+        if not kept:
+            logger.warning(
+                "The weighted update's norm %g is so small beside max_update_norm=%g that it is"
+                " rounded to nothing: each entry is held to %g. The server should take about ten"
+                " times the norm of an update",
+                length,
+                most,
+                self._request.resolution,
+            )
+            return
         # What rounding to nearest does to d entries has a norm of about sqrt(d / 12) units.
-        rounded = math.sqrt(grid.dimension / 12) * grid.unit_size(most)
-        if 0 < length < _FEWEST_ROUNDINGS * rounded:
+        rounded = math.sqrt(grid.dimension / 12) * self._request.resolution
+        if length < _FEWEST_ROUNDINGS * rounded:
             logger.warning(
                 "The weighted update's norm %g is small beside max_update_norm=%g: rounding changes"
-                " it by about %g; a bound nearer to what updates reach keeps it",
+                " it by about %g. About ten times the norm of an update keeps it",
                 length,
                 most,
                 rounded,

@@ -89,9 +89,10 @@ class SampleLevelFedAvg(Strategy):
     max_update_norm:
         Only with ``secure_aggregation``, and needed there: the L2 bound on what a node's training
         changes, times its weight over the largest. A longer update is shortened by its node. It
-        keeps sums from wrapping around and no privacy depends on it: take what no update reaches.
-        Each entry of the mean is exact to ``max_update_norm / 2**24`` times the largest weight over
-        the mean weight.
+        keeps sums from wrapping around and no privacy depends on it. It sets the resolution too:
+        nodes round each entry to a multiple of ``max_update_norm / 2**24``, and the mean is exact
+        to that, times the largest weight over the mean weight. Take about ten times the norm of a
+        node's update: a node's own log tells it where the bound is too small or too large for it.
     max_num_examples:
         Only with ``secure_aggregation`` and ``weigh_by_num_examples``: the largest weight that a
         node may have; a larger one counts as this.

@@ -12,7 +12,7 @@ wrapping around
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -28,6 +28,9 @@ from dpfl_strategies.secure_round import SecureRound
 __all__ = ["OpenAverage", "SecureAverage"]
 
 log = logging.getLogger("flwr.dpfl")
+
+_AT_THE_BOUND: Final = 0.99
+"""Updates whose mean has this share of the bound's length were most likely shortened to it."""
 
 
 @final
@@ -69,7 +72,32 @@ class OpenAverage:
         mean = self.request.mean(summed.total, survivors=len(summed.survivors))
         if mean is None:
             log.warning("A round is given up: its weights add up to nothing, or to too much")
+        else:
+            self._judge(summed.total[:-1], survivors=len(summed.survivors))
         return mean
+
+    def _judge(self, updates: NDArray[np.int64], *, survivors: int) -> None:
+        """Warn where the sum of updates shows that the bound on each does not suit them."""
+        request = self.request
+        if not updates.any():
+            log.warning(
+                "The mean update is zero in every entry: either no node changed anything, or"
+                " max_update_norm=%g is too large. Updates are rounded to"
+                " multiples of %.2g, and those below half of that are lost; take about ten times"
+                " the norm of a node's update, which the nodes' own logs tell",
+                request.max_update_norm,
+                request.resolution,
+            )
+            return
+        # Over the vectors and not their weight: each is bounded after it was weighed.
+        length = request.resolution * float(np.linalg.norm(updates.astype(np.float64))) / survivors
+        if length >= _AT_THE_BOUND * request.max_update_norm:
+            log.warning(
+                "The mean update is as long as max_update_norm=%g lets it be: nodes shorten their"
+                " updates. Take about ten times the norm of a node's update, which the nodes' own"
+                " logs tell",
+                request.max_update_norm,
+            )
 
 
 @final
@@ -80,7 +108,7 @@ class SecureAverage:
     ----------
     sums : ClaimedSums
     max_update_norm : float
-        L2 bound on a node's weighted update.
+        L2 bound on a node's weighted update, and 2^24 times what its entries are rounded to.
     max_num_examples : int or None
         The largest weight; None: every node counts the same.
     """

@@ -60,7 +60,16 @@ def refused(code, call, *arguments, **named):
 
 
 @pytest.mark.parametrize(
-    ("most", "said"), [(0.1, "shortened"), (4.0, ""), (1e5, ""), (1e6, "small beside")]
+    ("most", "said"),
+    [
+        (0.1, "shortened"),
+        (4.0, ""),
+        (1e5, ""),
+        (1e6, "small beside"),
+        (0.249 * 2**25, "small beside"),  # 0.25 is just above half a unit
+        (0.251 * 2**25, "rounded to nothing"),
+        (1e8, "rounded to nothing"),
+    ],
 )
 def test_a_nodes_log_says_where_the_bound_is_no_good_for_its_update(most, said, caplog):
     contribution(task(max_update_norm=most)).vector(answer())

@@ -203,6 +203,44 @@ def test_an_update_above_the_bound_is_shortened_to_it_and_the_node_says_so(caplo
     assert sum("max_update_norm" in r.getMessage() for r in own) == NODES
 
 
+def warned(caplog):
+    """What the server warns of, which has seen sums only."""
+    return [
+        r.getMessage() for r in caplog.records if r.name == "flwr.dpfl" and r.levelname == "WARNING"
+    ]
+
+
+@pytest.mark.parametrize("weighted", [{}, {"weigh_by_num_examples": True, "max_num_examples": 60}])
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        (0.01, "as long as max_update_norm=0.01 lets it be"),
+        (10.0, None),
+        (1e8, "zero in every entry"),
+    ],
+)
+def test_the_server_says_where_the_bound_leaves_nothing_of_a_mean_or_shortens_it(
+    bound, said, weighted, caplog
+):
+    def same(received, ctx):
+        reply = train(received, ctx)
+        w = received.content["arrays"]["w"].numpy() + np.float32(0.1)
+        reply.content["arrays"]["w"] = Array(w)
+        reply.content["arrays"]["b"] = received.content["arrays"]["b"]
+        return reply
+
+    masked = run(secure(max_update_norm=bound, **weighted), app(same))
+    lines = [line for line in warned(caplog) if "max_update_norm" in line]
+    if said is None:
+        assert not lines
+    else:
+        (line,) = lines
+        assert said in line
+        assert f"max_update_norm={bound:g}" in line
+        assert "ten times the norm" in line
+    assert np.any(flat(masked)) == (bound != 1e8)
+
+
 def flat_step(index):
     return np.concatenate([step(index, "w", (3, 40)).ravel(), step(index, "b", (30,))])
 
