@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Array, ArrayRecord
 
 from dpfl_flower.client import DPSGDClient
 from dpfl_flower.secagg import SecAggPlus
@@ -45,6 +46,17 @@ def test_the_readmes_dp_sgd_client_trains_and_says_what_it_spent():
     assert isinstance(client, DPSGDClient)
     client.fit(client.get_parameters({}), {})
     assert 0 < client.privacy_claim()["epsilon"] <= 3.0
+
+
+def test_the_readmes_users_train_inside_their_nodes():
+    names = {}
+    exec(code_after("<!-- users, executed by tests/test_readme.py -->"), names)
+    start = [np.zeros((2, 13), np.float32), np.zeros(2, np.float32)]
+    arrays = ArrayRecord(dict(zip(("weight", "bias"), map(Array, start), strict=True)))
+    with InProcessGrid(names["app"], num_supernodes=4) as grid:
+        result = names["strategy"].start(grid, arrays, num_rounds=2)
+    assert result.privacy.unit == "user" and 0 < result.privacy.epsilon <= 8.0
+    assert all(np.any(array.numpy()) for array in result.arrays.values())
 
 
 def test_the_readmes_dp_sgd_nodes_are_averaged_under_masks():
