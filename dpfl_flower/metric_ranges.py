@@ -83,6 +83,10 @@ class MetricRanges:
             for name, low, high in zip(self.names, self.lows, self.highs, strict=True)
         )
 
+    def missing(self, places: Sequence[float]) -> tuple[str, ...]:
+        """Return the names of the metrics whose place is NaN."""
+        return tuple(n for n, place in zip(self.names, places, strict=True) if math.isnan(place))
+
     def values(self, places: Sequence[float]) -> dict[str, float]:
         """Return the metrics of these places by name, clipped to their ranges."""
         return {

@@ -41,6 +41,7 @@ def test_what_is_no_finite_number_has_no_place_and_the_others_keep_theirs(value)
 def test_noise_that_leaves_the_range_is_clipped_and_measured_in_the_metrics_units():
     assert RANGES.values([7.0, -7.0]) == {"accuracy": 1.0, "loss": -2.0}
     assert RANGES.spread(0.1) == pytest.approx({"accuracy": 0.05, "loss": 0.35})
+    assert RANGES.missing([math.nan, 0.0]) == ("accuracy",)
 
 
 @pytest.mark.parametrize(

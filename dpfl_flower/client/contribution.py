@@ -11,6 +11,7 @@ them, leave with a privacy claim beside the vector.
 True
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self, cast, final
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from dpfl_flower import checks, records
 from dpfl_flower.client.contribution_base import LARGEST, PARTIES, Contribution, SumBound
 from dpfl_flower.client.distributed_request import DistributedRequest
-from dpfl_flower.client.errors import NodeError, NodeErrorCode
+from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import (
     GRID_FIELDS,
     METRIC_FIELDS,
@@ -58,6 +59,8 @@ __all__ = [
     "UpdateRequest",
     "contribution_for",
 ]
+
+logger = logging.getLogger(NODE_LOGGER)
 
 _CLIP_NORM: Final = "clip-norm"
 _DITHER_SEED: Final = "dither-seed"
@@ -171,6 +174,14 @@ class BoundedUpdate(Contribution):
             examples = num_examples(metrics)
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(NodeErrorCode.MALFORMED_REPLY, str(error)) from error
+        places = request.metrics.places(metrics)
+        if missing := request.metrics.missing(places):
+            logger.warning(
+                "The server asks for the metrics %s, of which this answer holds no finite number:"
+                " each counts as the middle of its range. The answer's metrics are %s",
+                list(missing),
+                sorted(metrics),
+            )
         bounded = BoundedSum(
             request.grid, clip_norm=request.clip_norm, dither_seed=request.dither_seed
         )
@@ -178,7 +189,7 @@ class BoundedUpdate(Contribution):
             layout.released(arrays),
             layout.released(self._reference),
             weight=_weight(examples, request.w_max),
-            metrics=request.metrics.places(metrics),
+            metrics=places,
         )
 
 

@@ -5,7 +5,9 @@ many units, draws and bounds them itself, and answers one integer sum. What come
 noise and release, is the same.
 """
 
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -32,6 +34,8 @@ from dpfl_strategies.private_run import GridOf, PrivateRun
 from dpfl_strategies.replies import accepted, dropout, parse_sum, parse_train
 
 Weigh = Callable[[float], float]
+
+log = logging.getLogger("flwr.dpfl")
 
 _LARGEST_SUM: Final = 2**62
 _SEED_BYTES: Final = 16
@@ -184,6 +188,7 @@ class NodesAreUnits(Gathering):
         bounded = run.open_sum(asked.dither_seed)
         reference = run.layout.released(asked.reference)
         contents = []
+        missing: Counter[str] = Counter()
         for message in accepted(replies, asked=asked.nodes, group=str(asked.server_round)):
             part = asked.submodels.get(message.metadata.src_node_id)
             sent = asked.reference if part is None else part.take(asked.reference)
@@ -196,16 +201,28 @@ class NodesAreUnits(Gathering):
                     arrays = part.scatter(arrays, asked.reference)
                     start = run.layout.released(part.scatter(sent, asked.reference))
                 weight = self._weigh(reply.num_examples)
+                places = run.ranges.places(reply.metrics)
                 bounded.add(
                     run.layout.released(arrays),
                     start,
                     weight=weight,
-                    metrics=run.ranges.places(reply.metrics),
+                    metrics=places,
                 )
             except Exception as failed:  # one unit's numbers must neither stop the run nor show
                 dropout(message, failed)
                 continue
+            missing.update(run.ranges.missing(places))
             contents.append(RecordDict({records.METRICS: reply.metrics}))
+        if missing:
+            log.warning(
+                "NOT PRIVATE: round %d: replies without a finite number for a metric, which counts"
+                " as the middle of its range: %s of %d",
+                asked.server_round,
+                ", ".join(
+                    f"{name} in {missing[name]}" for name in run.ranges.names if missing[name]
+                ),
+                len(contents),
+            )
         return Gathered(bounded.total, len(contents), contents)
 
     def unbiased(self, update: NDArray[np.float64], layout: ArrayLayout) -> NDArray[np.float64]:

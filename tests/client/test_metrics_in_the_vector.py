@@ -66,6 +66,18 @@ def test_what_is_missing_or_no_number_adds_nothing(metrics, expected):
     assert vector(MetricRecord(metrics))[5:] == [k * sign for sign in expected]
 
 
+def test_the_nodes_log_names_a_metric_that_its_answer_has_not_and_those_that_it_has(caplog):
+    vector(MetricRecord({"acc": 0.5, "loss": 1.0}))
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("dpfl_flower.node", "WARNING")
+    assert "['accuracy']" in record.getMessage()
+    assert "middle of its range" in record.getMessage()
+    assert record.getMessage().endswith("['acc', 'loss']")
+    caplog.clear()
+    vector(MetricRecord({"accuracy": 0.5, "loss": 1.0, "other": 2.0}))
+    assert not caplog.records
+
+
 def test_of_a_node_whose_update_is_not_finite_nothing_counts():
     metrics = MetricRecord({"accuracy": 1.0, "loss": 4.0})
     assert not any(vector(metrics, update=math.nan))

@@ -123,6 +123,21 @@ def test_who_reports_nothing_counts_as_the_middle_of_the_range(answer):
     assert np.all(flat(result.arrays) > 0)
 
 
+def test_the_log_counts_the_replies_without_a_metric_once_a_round_as_not_private(caplog):
+    answers = [(0.1, {"accuracy": 0.5, "loss": 1.0})] * 5
+    answers += [(0.1, {"acuracy_4711": 0.5, "loss": math.nan}), (0.1, {"accuracy": 0.5}), None]
+    strategy().start(answering(answers), model(), num_rounds=2)
+    lines = [m for m in caplog.messages if "middle of its range" in m]
+    assert [line.split(":")[1].strip() for line in lines] == ["round 1", "round 2"]
+    for line in lines:
+        assert line.startswith("NOT PRIVATE: ")
+        assert line.endswith("accuracy in 1, loss in 2 of 7")
+        assert "4711" not in line, "what a node wrote is not logged"
+    caplog.clear()
+    strategy().start(answering(answers[:5] * 2), model(), num_rounds=1)
+    assert "middle of its range" not in caplog.text
+
+
 def test_weights_are_for_updates_alone():
     answers = [(0.1, {"accuracy": 1.0 * (i < 4), "num-examples": i}) for i in range(NODES)]
     for answer in answers:
