@@ -1,13 +1,16 @@
 """How far a run has come: read from the line that strategies log each round, shown as it comes.
 
 The line is the same on every engine: ``[ROUND 3/30] epsilon 0.41 of 1, about 4 s left``. Further
-parts of the form ``name number`` are the round's metrics.
+parts of the form ``name number`` are the round's metrics; ``± number`` follows one that is noised.
 
 >>> seen = RoundProgress.parse("[ROUND 3/30] epsilon 0.41 of 1, rmse 0.96, about 4 s left")
 >>> seen.server_round, seen.num_rounds, seen.epsilon, seen.budget, seen.seconds_left
 (3, 30, 0.41, 1.0, 4.0)
 >>> dict(seen.metrics)
 {'rmse': 0.96}
+>>> noised = RoundProgress.parse("[ROUND 3/30] accuracy 0.954 ± 0.05")
+>>> dict(noised.metrics), dict(noised.metric_noise)
+({'accuracy': 0.954}, {'accuracy': 0.05})
 >>> RoundProgress.parse("Run directory: runs/1") is None
 True
 """
@@ -28,7 +31,7 @@ _NUMBER: Final = r"-?(?:\d[\d.]*(?:e[+-]?\d+)?|inf|nan)"
 _ROUND: Final = re.compile(r"^\s*\[ROUND (\d+)/(\d+)\](?P<rest>.*)$")
 _EPSILON: Final = re.compile(rf"\bepsilon ({_NUMBER})(?: of ({_NUMBER}))?$")
 _LEFT: Final = re.compile(rf"^about ({_NUMBER}) s left$")
-_METRIC: Final = re.compile(rf"^([A-Za-z][\w /@().-]*?) ({_NUMBER})$")
+_METRIC: Final = re.compile(rf"^([A-Za-z][\w /@().-]*?) ({_NUMBER})(?: ± ({_NUMBER}))?$")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class RoundProgress:
         The most that may be.
     metrics
         By name.
+    metric_noise
+        The standard deviation of the noise on those that are noised, by name.
     seconds_left
         Until the last round ends, at the pace so far.
     """
@@ -54,6 +59,7 @@ class RoundProgress:
     epsilon: float | None = None
     budget: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    metric_noise: Mapping[str, float] = field(default_factory=dict)
     seconds_left: float | None = None
 
     @classmethod
@@ -71,7 +77,10 @@ class RoundProgress:
                 progress = replace(progress, seconds_left=float(left[1]))
             elif metric := _METRIC.match(part):
                 metrics = {**progress.metrics, metric[1]: float(metric[2])}
-                progress = replace(progress, metrics=metrics)
+                noise = dict(progress.metric_noise)
+                if metric[3] is not None:
+                    noise[metric[1]] = float(metric[3])
+                progress = replace(progress, metrics=metrics, metric_noise=noise)
         return progress
 
     def after(self, before: "RoundProgress | None") -> "RoundProgress":
@@ -83,6 +92,7 @@ class RoundProgress:
             epsilon=before.epsilon if self.epsilon is None else self.epsilon,
             budget=before.budget if self.budget is None else self.budget,
             metrics={**before.metrics, **self.metrics},
+            metric_noise={**before.metric_noise, **self.metric_noise},
         )
 
     def __str__(self) -> str:
@@ -90,7 +100,9 @@ class RoundProgress:
         if self.epsilon is not None:
             of = "" if self.budget is None else f" of {self.budget:g}"
             parts.append(f"epsilon {self.epsilon:g}{of}")
-        parts += [f"{name} {value:g}" for name, value in self.metrics.items()]
+        for name, value in self.metrics.items():
+            noise = self.metric_noise.get(name)
+            parts.append(f"{name} {value:g}" + ("" if noise is None else f" ± {noise:g}"))
         if self.seconds_left is not None:
             parts.append(f"{self.seconds_left:.0f} s left")
         return ", ".join(parts)

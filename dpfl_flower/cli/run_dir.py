@@ -93,6 +93,7 @@ class RunDirectory:
                 "epsilon": progress.epsilon,
                 "budget": progress.budget,
                 "metrics": progress.metrics,
+                "metric_noise": progress.metric_noise,
             }
         )
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

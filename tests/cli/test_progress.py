@@ -68,6 +68,17 @@ def test_what_a_round_does_not_say_is_kept_from_before() -> None:
     assert str(second) == "round 2/3, epsilon 0.5 of 1, rmse 2, mae 1"
 
 
+def test_a_noised_metric_is_shown_with_its_deviation_and_read_as_the_metric() -> None:
+    line = "[ROUND 2/3] epsilon 0.5, accuracy 0.954 ± 0.05, loss 1e-05 ± 2.1e-06, rmse 2"
+    progress = RoundProgress.parse(line)
+    assert progress is not None
+    assert progress.metrics == {"accuracy": 0.954, "loss": 1e-5, "rmse": 2.0}
+    assert progress.metric_noise == {"accuracy": 0.05, "loss": 2.1e-6}
+    assert str(progress) == line.replace("[ROUND 2/3]", "round 2/3,")
+    later = RoundProgress(3, 3).after(progress)
+    assert str(later).endswith("accuracy 0.954 ± 0.05, loss 1e-05 ± 2.1e-06, rmse 2")
+
+
 def test_log_lines_lose_the_runtimes_decoration() -> None:
     assert LogLine.parse("INFO :      [ROUND 1/2]") == LogLine("INFO", "[ROUND 1/2]")
     assert LogLine.parse("hospital | epsilon") == LogLine("", "hospital | epsilon")

@@ -183,6 +183,31 @@ def test_the_log_tells_the_means_and_their_noise_and_the_command_reads_them(capl
     assert noise in caplog.text
 
 
+@pytest.mark.parametrize(("changes", "loud"), [({}, True), ({"noise_multiplier": 0.1}, False)])
+def test_means_that_are_little_but_noise_are_warned_of_at_start(changes, loud, caplog):
+    caplog.set_level(logging.INFO, logger="flwr.dpfl")
+    grid = answering([(0.1, {"accuracy": 0.954321, "loss": 1.0})] * 4)
+    made = strategy(sampling=EveryoneSampling(4), noise_seed=3, **changes)
+    result = made.start(grid, model(), num_rounds=1)
+    warnings = [m for m in caplog.messages if "little but noise" in m]
+    noise = {name: f"{stddev:.2g}" for name, stddev in result.metric_noise.items()}
+    if loud:
+        assert noise == {"accuracy": "1.3", "loss": "6.3"}
+        for name, line in zip(noise, warnings, strict=True):
+            assert f"Mean {name} will be" in line
+            assert f"a standard deviation of {noise[name]}," in line
+        assert "the range is -1 to 4" in warnings[1]
+        for way in ("More nodes", "larger share", "narrower range"):
+            assert way in warnings[0]
+    else:
+        assert not warnings
+    (line,) = [m for m in caplog.messages if "[ROUND 1/1]" in m]
+    seen = RoundProgress.parse(line)
+    assert {name: f"{stddev:.2g}" for name, stddev in seen.metric_noise.items()} == noise
+    shown = line.split("accuracy ")[1].split(" ")[0]
+    assert len(shown) <= len("0.95")
+
+
 # The noise and what it costs.
 
 
