@@ -102,8 +102,8 @@ class RunReport:
             if metric_noise[name] > _LOUDEST * (high - low):
                 log.warning(
                     "\t├──> Mean %s will be little but noise: of a standard deviation of %.2g,"
-                    " where the range is %g to %g. More nodes in a round, a larger share of NoisedMetrics"
-                    " or fewer metrics lower it, and in a narrower range it is smaller by as much",
+                    " where the range is %g to %g. More nodes in a round, a larger share= of"
+                    " NoisedMetrics or fewer metrics lower it; a narrower range scales it down",
                     name,
                     metric_noise[name],
                     low,
