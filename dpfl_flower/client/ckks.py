@@ -94,7 +94,11 @@ def ckks_mod(message: Message, context: Context, call_next: ClientAppCallable) -
 
 def _answer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     if config_record(message.content, records.SECAGG) is None:
-        raise NodeError(NodeErrorCode.SECAGG_REQUIRED, "a train message without the protocol")
+        raise NodeError(
+            NodeErrorCode.SECAGG_REQUIRED,
+            "a train message without the protocol: the strategy must have "
+            "secure_aggregation=CKKS(...), or the app must not have ckks_mod",
+        )
     least = _min_cohort(context.node_config)
     key = _key(context.node_config)
     try:

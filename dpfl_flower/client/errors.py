@@ -60,7 +60,10 @@ _REASONS: Final = {
     NodeErrorCode.MALFORMED_REQUEST: "the request does not hold the records this client expects.",
     NodeErrorCode.MALFORMED_REPLY: "the client returned what the request's arrays cannot hold.",
     NodeErrorCode.NOT_IMPLEMENTED: "the client does not implement this kind of message.",
-    NodeErrorCode.POLICY_REFUSED: "the training asked for is below this node's own privacy policy.",
+    NodeErrorCode.POLICY_REFUSED: (
+        "the training asked for is below this node's own privacy policy, or comes without a plan "
+        "for the noise that this node adds."
+    ),
     NodeErrorCode.BUDGET_EXHAUSTED: "the privacy budget of this data set is spent.",
     NodeErrorCode.LEDGER_REFUSED: "the node's privacy ledger refused; its own log says why.",
     NodeErrorCode.MODEL_REFUSED: (
@@ -80,7 +83,10 @@ _REASONS: Final = {
         "too few peers on this node's roster confirm that it counts as a survivor."
     ),
     NodeErrorCode.SECAGG_JOURNAL: "the node's journal refused; its own log says why.",
-    NodeErrorCode.SECAGG_REQUIRED: "this app answers to secure aggregation only.",
+    NodeErrorCode.SECAGG_REQUIRED: (
+        "this app answers to secure aggregation only: the strategy needs secure_aggregation=..., "
+        "and secure_aggregation_mod must be first in the app's mods."
+    ),
     NodeErrorCode.SECAGG_KEY: "the server names another encryption key than this node's.",
 }
 

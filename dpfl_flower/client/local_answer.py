@@ -165,9 +165,12 @@ def local_noise_mod(
 def _planned(noise: LocalNoise | None, content: RecordDict) -> _Plan:
     found = config_record(content, records.LOCAL)
     if found is None:
-        if noise is None:
+        if noise is None or records.SECAGG in content:
             raise NodeError(
-                NodeErrorCode.POLICY_REFUSED, "a train message without a plan for local noise"
+                NodeErrorCode.POLICY_REFUSED,
+                "a train message without a plan for local noise: the strategy is no "
+                "LocalDPFedAvg, or secure_aggregation_mod must stand before this mod: "
+                "mods=[secure_aggregation_mod, local_noise_mod(...)]",
             )
         if noise.unit is not PrivacyUnit.NODE:
             raise NodeError(

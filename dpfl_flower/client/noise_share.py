@@ -293,14 +293,16 @@ def _answer(
     if masks_follow() is None:
         raise NodeError(
             NodeErrorCode.SECAGG_REQUIRED,
-            "a share of the noise protects a masked sum only: put secure_aggregation_mod around "
-            "noise_share_mod",
+            "a share of the noise protects a masked sum only: secure_aggregation_mod must stand "
+            "before this mod: mods=[secure_aggregation_mod, noise_share_mod(...)]",
         )
     content = message.content
     found = config_record(content, records.DISTRIBUTED)
     if found is None:
         raise NodeError(
-            NodeErrorCode.POLICY_REFUSED, "a train message without a plan for distributed noise"
+            NodeErrorCode.POLICY_REFUSED,
+            "a train message without a plan for distributed noise: the strategy must be "
+            "DistributedDPFedAvg, or the app must not have noise_share_mod",
         )
     try:
         request = DistributedRequest.from_config(found)

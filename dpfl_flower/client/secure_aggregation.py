@@ -109,7 +109,11 @@ def rules_from_node_config(node_config: Mapping[str, object]) -> NodeRules:
 
 def _answer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     if config_record(message.content, records.SECAGG) is None:
-        raise NodeError(NodeErrorCode.SECAGG_REQUIRED, "a train message without the protocol")
+        raise NodeError(
+            NodeErrorCode.SECAGG_REQUIRED,
+            "a train message without the protocol: the strategy must have secure_aggregation=..., "
+            "or the app must not have secure_aggregation_mod",
+        )
     rules = rules_from_node_config(context.node_config)
     try:
         request = decode_request(message.content)

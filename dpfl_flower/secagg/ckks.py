@@ -118,11 +118,11 @@ class CKKS(SecureAggregation):
         _exact(nodes=count)
         return _Encrypting(self, request)
 
-    def require(self, count: int, asked: int) -> None:
-        """Raise RoundAbandoned unless ``min_cohort`` nodes are left."""
+    def require(self, count: int, asked: int, hint: str = "") -> None:
+        """Raise RoundAbandoned, with a ``hint``, unless ``min_cohort`` nodes are left."""
         if count < self.min_cohort:
             raise RoundAbandoned(
-                f"{count} of {asked} nodes are left, min_cohort={self.min_cohort} must be"
+                f"{count} of {asked} nodes are left, min_cohort={self.min_cohort} must be{hint}"
             )
 
 
@@ -185,7 +185,9 @@ class _Encrypting(SecureExchange):
                 )
                 continue
             survivors.append(node)
-        self._secure.require(len(survivors), self._code.parties)
+        # Of nobody at all the likeliest cause is an app that has never heard of the protocol.
+        hint = "" if survivors else ": do the apps have mods=[ckks_mod]?"
+        self._secure.require(len(survivors), self._code.parties, hint)
         return _Decrypting(
             self._secure,
             self._request,

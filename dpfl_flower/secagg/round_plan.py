@@ -146,12 +146,13 @@ class RoundPlan:
             )
         return threshold
 
-    def require(self, nodes: Iterable[int], what: str) -> None:
-        """Raise RoundAbandoned unless at least ``min_cohort`` nodes are left."""
+    def require(self, nodes: Iterable[int], what: str, hint: str = "") -> None:
+        """Raise RoundAbandoned, with a ``hint``, unless at least ``min_cohort`` nodes are left."""
         count = len(set(nodes))
         if count < self.min_cohort:
             raise RoundAbandoned(
                 f"{count} of {len(self.nodes)} nodes {what}, min_cohort={self.min_cohort} must"
+                f"{hint}"
             )
 
 

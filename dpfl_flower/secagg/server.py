@@ -123,7 +123,9 @@ class Advertising(ServerStage):
                     identity=reply.identity,
                     signature=reply.signature,
                 )
-        self.plan.require(keys, "advertised keys")
+        # Of nobody at all the likeliest cause is an app that has never heard of the protocol.
+        hint = "" if keys else ": do the apps have mods=[secure_aggregation_mod]?"
+        self.plan.require(keys, "advertised keys", hint)
         graph = neighbour_graph(list(keys), self.plan.neighbours, self.rng)
         degree = len(next(iter(graph.values())))
         return Sharing(self.plan, keys, graph, self.plan.threshold_of(degree))

@@ -5,6 +5,7 @@ True
 """
 
 import contextlib
+import logging
 import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from dpfl_flower._flower import ErrorCode, Run, acting_as, assign_message_id
 from dpfl_flower.simulation.copies import copied_context
 
 __all__ = ["Answering", "Fault", "LocalGrid", "NodeConfig", "answer", "failed"]
+
+# client.errors.NODE_LOGGER, which no layer here may import.
+logger = logging.getLogger("dpfl_flower.node")
 
 NodeConfig = Mapping[str, bool | int | float | str]
 """What ``flower-supernode --node-config`` sets."""
@@ -57,7 +61,10 @@ def answer(
 
 
 def failed(message: Message, raised: Exception) -> Message:
-    """Return what Flower answers when a ClientApp raises."""
+    """Return what Flower answers when a ClientApp raises; log it on the node, as it does."""
+    logger.error(
+        "ClientApp of node %d raised an exception", message.metadata.dst_node_id, exc_info=raised
+    )
     reason = f"{type(raised)}:<'{raised}'>"
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

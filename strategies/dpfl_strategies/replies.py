@@ -13,6 +13,7 @@ from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
 from dpfl_flower import records
+from dpfl_flower.client.errors import NodeErrorCode
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.wire import (
     answered_arrays,
@@ -50,9 +51,19 @@ def accepted(
             continue
         waiting.discard(node_id)
         if reply.has_error():
-            log.info("NOT PRIVATE: node %d answered error code %d", node_id, reply.error.code)
+            log.info(
+                "NOT PRIVATE: node %d answered error code %s", node_id, _told(reply.error.code)
+            )
             continue
         yield reply
+
+
+def _told(code: int) -> str:
+    """Return the code and, of one of ours, the sentence fixed for it; never the reply's own."""
+    try:
+        return f"{code}, {NodeErrorCode(code).reason}"
+    except ValueError:
+        return str(code)
 
 
 def parse_train(reply: Message, layout: ArrayLayout) -> TrainReply | None:

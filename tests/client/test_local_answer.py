@@ -4,12 +4,12 @@ import copy
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from dpfl_flower import records
 from dpfl_flower.accounting import Ledger
-from dpfl_flower.client import LocalNoise, NodeErrorCode, local_noise_mod
+from dpfl_flower.client import LocalNoise, NodeErrorCode, local_noise_mod, secure_aggregation_mod
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from tests.support.node import all_bytes, context, message
@@ -205,6 +205,17 @@ def test_an_app_that_says_what_its_units_are_takes_no_other_word_for_it(tmp_path
     assert releases(path, of_users(), "patients") == 1
     with pytest.raises(ValueError, match=r"unit='user' must be noise\.unit='node'"):
         local_noise_mod(noise(), dataset="patients", unit="user")
+
+
+@pytest.mark.parametrize("own", [None, noise()])
+def test_a_mod_that_stands_before_the_masks_says_where_to_put_it(own, caplog):
+    phone = ClientApp()
+    phone.train(mods=[local_noise_mod(own, dataset="phone"), secure_aggregation_mod])(leaves)
+    stage = RecordDict({records.SECAGG: ConfigRecord({"stage": "advertise"})})
+    reply = phone(message("train", stage), context())
+    assert reply.error.code == NodeErrorCode.POLICY_REFUSED
+    assert "the strategy is no LocalDPFedAvg, or " in caplog.text
+    assert "mods=[secure_aggregation_mod, local_noise_mod(...)]" in caplog.text
 
 
 def test_a_larger_clip_norm_or_another_model_costs_what_the_first_cost(tmp_path):

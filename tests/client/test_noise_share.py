@@ -296,13 +296,14 @@ def masking(message, context, call_next):
         return call_next(message, context)
 
 
-def test_no_share_leaves_without_masks(tmp_path):
+def test_no_share_leaves_without_masks(tmp_path, caplog):
     """One share protects nothing by itself, and the ledger would be charged for all of them."""
     path = tmp_path / "ledger.jsonl"
     app = user_cohort_app(cohort_fn, mods=[noise_share_mod(dataset="heart", delta=DELTA)])
     ctx = context(ledger_path=str(path), **NODE)
     reply = app(message("train", content(request(dimension=4))), ctx)
     assert reply.error.code == NodeErrorCode.SECAGG_REQUIRED
+    assert "mods=[secure_aggregation_mod, noise_share_mod(...)]" in caplog.text
     assert not path.exists()
 
 
@@ -406,7 +407,7 @@ def test_a_node_that_is_the_unit_is_not_asked_for_a_vector_of_another_length():
 
 
 @pytest.mark.parametrize("kind", ["cohort", "nothing", "malformed"])
-def test_no_train_message_gets_an_answer_without_noise(kind):
+def test_no_train_message_gets_an_answer_without_noise(kind, caplog):
     asked = request(dimension=4)
     records_sent = {
         "cohort": {records.COHORT: asked.to_config()},
@@ -416,6 +417,7 @@ def test_no_train_message_gets_an_answer_without_noise(kind):
     reply = cohort_app()(message("train", RecordDict({**MODEL, **records_sent})), context(**NODE))
     expected = "MALFORMED_REQUEST" if kind == "malformed" else "POLICY_REFUSED"
     assert reply.error.code == NodeErrorCode[expected]
+    assert ("must be DistributedDPFedAvg" in caplog.text) == (kind != "malformed")
 
 
 def test_a_refused_policy_is_found_out_before_anybody_trains():

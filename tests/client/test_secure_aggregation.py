@@ -147,10 +147,11 @@ def test_only_the_masked_vector_leaves():
     assert b"loss" not in sent
 
 
-def test_a_train_message_without_the_protocol_is_refused_and_others_pass():
+def test_a_train_message_without_the_protocol_is_refused_and_others_pass(caplog):
     nodes = Nodes()
     plain = RecordDict({records.ARRAYS: ArrayRecord({"w": Array(np.zeros(4, np.float32))})})
     assert nodes.code(1, plain) is NodeErrorCode.SECAGG_REQUIRED
+    assert "the strategy must have secure_aggregation=..." in caplog.text
     query = nodes.app(message("query", RecordDict(), node_id=1), nodes.contexts[1])
     assert not query.has_error()
 

@@ -312,6 +312,8 @@ def test_with_too_few_a_round_is_abandoned(keys):
         begun(keys[0], nodes=(1, 2))
     with pytest.raises(RoundAbandoned, match="2 of 4 nodes"):
         begun(keys[0]).receive(encrypted(keys, NODES[:2]))
+    with pytest.raises(RoundAbandoned, match=r"0 of 4 .*: do the apps have mods=\[ckks_mod\]\?"):
+        begun(keys[0]).receive({})
 
 
 @pytest.mark.parametrize(

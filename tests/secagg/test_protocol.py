@@ -160,6 +160,16 @@ def test_fewer_nodes_than_the_minimum_are_never_summed():
     assert Cast(vectors(SIX), rules).run(plan(SIX[:2], min_cohort=2)).survivors == SIX[:2]
 
 
+def test_where_nobody_knows_the_protocol_the_mod_is_asked_for():
+    asked = Advertising(plan(SIX))
+    hint = r"0 of 6 nodes .* must: do the apps have mods=\[secure_aggregation_mod\]\?$"
+    with pytest.raises(RoundAbandoned, match=hint):
+        asked.receive({})
+    some = Cast(vectors(SIX[:2])).answer_all(Advertising(plan(SIX[:2])))
+    with pytest.raises(RoundAbandoned, match=r"^2 of 6 nodes .* must$"):
+        asked.receive(some)
+
+
 def test_colluders_raise_the_threshold_or_stop_the_round():
     assert plan(SIX).threshold_of(5) == 3
     assert plan(SIX, colluders=2).threshold_of(5) == 4

@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from dpfl_flower._flower import TaskIdentity
+from dpfl_flower.client import NODE_LOGGER
 from dpfl_flower.simulation import Fault, InProcessGrid
 
 app = ClientApp()
@@ -73,6 +74,15 @@ def test_a_client_that_raises_answers_flowers_error_and_forgets() -> None:
         assert failed.error.reason == "<class 'RuntimeError'>:<'planted'>"
         assert failed.metadata.src_node_id == 1001
         assert not grid._contexts[1001].state
+
+
+def test_what_a_client_raised_is_in_the_nodes_own_log(caplog: pytest.LogCaptureFixture) -> None:
+    with grid_of(1, node_configs=[{"fail": True}]) as grid:
+        ask(grid)
+    (logged,) = [one for one in caplog.records if one.name == NODE_LOGGER]
+    assert logged.levelname == "ERROR"
+    assert logged.getMessage() == "ClientApp of node 1000 raised an exception"
+    assert str(logged.exc_info[1]) == "planted"
 
 
 def test_a_silent_node_is_missing_from_the_replies() -> None:

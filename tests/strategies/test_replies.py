@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 
+from dpfl_flower.client import NodeErrorCode
 from dpfl_flower.layout import ArrayLayout
 from dpfl_strategies.replies import accepted, parse_train
 from tests.support.recording_grid import RecordingGrid, record, reply
@@ -38,6 +39,16 @@ def test_an_error_counts_as_the_nodes_answer_and_its_text_is_not_logged(caplog):
     assert list(accepted([error, good_from_same, good], asked={100, 101}, group="1")) == [good]
     assert "4711" not in caplog.text
     assert "error code 2" in caplog.text
+
+
+def test_the_sentence_of_a_code_of_ours_is_logged_and_an_unknown_code_is_a_number(caplog):
+    caplog.set_level(logging.DEBUG)
+    ours, unknown = answers(Error(101, "patient 4711"), Error(9999, "patient 4711"))
+    assert list(accepted([ours, unknown], asked={100, 101}, group="1")) == []
+    first, second = caplog.messages
+    assert first.endswith(f"node 100 answered error code 101, {NodeErrorCode(101).reason}")
+    assert second.endswith("node 101 answered error code 9999")
+    assert "4711" not in caplog.text
 
 
 def test_a_reply_as_flowers_own_clients_send_it_is_read():
