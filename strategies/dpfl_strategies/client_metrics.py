@@ -8,6 +8,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from dpfl_flower import checks, records
 from dpfl_flower.rng import secure
+from dpfl_strategies.noised_metrics import NoisedMetrics
 from dpfl_strategies.replies import accepted
 
 log = logging.getLogger("flwr.dpfl")
@@ -54,13 +55,34 @@ def _number(value: object) -> float | None:
         return None
 
 
+def without_noise(policy: object) -> ClientMetrics:
+    """Return what becomes of metrics where nodes add their own noise; ValueError for another."""
+    if isinstance(policy, NoisedMetrics):
+        raise ValueError(
+            f"metrics={policy!r} must be 'none' or 'not_private' where nodes add their own noise: "
+            "it is in their models alone, and the server adds none that would cover what they "
+            "report"
+        )
+    return checks.choice(ClientMetrics, metrics=policy)
+
+
+def _policy_of(policy: object) -> ClientMetrics:
+    if not (isinstance(policy, str) and policy in list(ClientMetrics)):
+        raise ValueError(
+            f"metrics={policy!r} must be 'none', 'not_private' or NoisedMetrics({{name: (low, "
+            "high)})"
+        )
+    return ClientMetrics(policy)
+
+
 class MetricsGate:
     """Lets client metrics through or not, and asks for evaluations only where it does.
 
     Parameters
     ----------
     policy:
-        ``"none"`` or ``"not_private"``.
+        ``"none"`` or ``"not_private"``. `NoisedMetrics` too lets nothing through of replies: what
+        they bound rides in the sum.
     fraction_evaluate:
         Share of the population asked to evaluate each round, in (0, 1].
     train_metrics_aggr_fn, evaluate_metrics_aggr_fn:
@@ -69,19 +91,23 @@ class MetricsGate:
 
     def __init__(
         self,
-        policy: ClientMetrics | str,
+        policy: ClientMetrics | NoisedMetrics | str,
         *,
         fraction_evaluate: float = 1.0,
         train_metrics_aggr_fn: AggregateMetrics | None = None,
         evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
     ) -> None:
-        self._policy = checks.choice(ClientMetrics, metrics=policy)
+        noised = isinstance(policy, NoisedMetrics)
+        self._policy = ClientMetrics.DROPPED if noised else _policy_of(policy)
         checks.fraction(fraction_evaluate=fraction_evaluate)
         own = train_metrics_aggr_fn or evaluate_metrics_aggr_fn
         if not self.open and own is not None:
+            reason = "what clients report carries no noise and is dropped"
+            if noised:
+                reason = "of NoisedMetrics the means come out, and no single report to combine"
             raise ValueError(
                 "train_metrics_aggr_fn and evaluate_metrics_aggr_fn must be None without "
-                "metrics='not_private': what clients report carries no noise and is dropped"
+                f"metrics='not_private': {reason}"
             )
         self._fraction_evaluate = fraction_evaluate
         self._train = train_metrics_aggr_fn or weighted_mean

@@ -187,7 +187,7 @@ class PrivateStrategy(Strategy, ABC):
         )
         noised = metrics if isinstance(metrics, NoisedMetrics) else None
         self._gate = MetricsGate(
-            metrics if not isinstance(metrics, NoisedMetrics) else ClientMetrics.DROPPED,
+            metrics,
             fraction_evaluate=fraction_evaluate,
             train_metrics_aggr_fn=train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,

@@ -19,12 +19,16 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.accounting.statement import noise_caveat, rounded_up
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.checkpoint import CheckpointDirectory, CheckpointError, RunState
 from dpfl_strategies.claim_book import ClaimBook
-from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
+from dpfl_strategies.client_metrics import (
+    AggregateMetrics,
+    ClientMetrics,
+    MetricsGate,
+    without_noise,
+)
 from dpfl_strategies.messages import Arrays, from_record, to_messages, to_record
 from dpfl_strategies.node_privacy import NodePrivacyReport
 from dpfl_strategies.registry import Registry
@@ -38,6 +42,7 @@ from dpfl_strategies.round_loop import (
     hand_over,
     run_rounds,
 )
+from dpfl_strategies.sample_level_report import SampleLevelReport
 from dpfl_strategies.secure_average import OpenAverage, SecureAverage
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
@@ -136,7 +141,7 @@ class SampleLevelFedAvg(Strategy):
         )
         self._stage_seconds = 3600.0
         self._gate = MetricsGate(
-            metrics,
+            without_noise(metrics),
             fraction_evaluate=fraction_evaluate,
             train_metrics_aggr_fn=train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn,
@@ -145,7 +150,7 @@ class SampleLevelFedAvg(Strategy):
         self._checkpoints = None if checkpoint_dir is None else CheckpointDirectory(checkpoint_dir)
         self._give_up_after = give_up_after
         self._failures = FailureWatch(give_up_after)
-        self._claims = ClaimBook()
+        self._claims, self._report = ClaimBook(), SampleLevelReport(population)
         self._optimizer_state: State = {}
         self._open: _OpenRound | None = None
         self._evaluating: frozenset[int] = frozenset()
@@ -181,6 +186,7 @@ class SampleLevelFedAvg(Strategy):
         self._failures = FailureWatch(self._give_up_after)
         self._registry = Registry(self._population, wait_seconds=self._wait_seconds)
         self._claims, self._optimizer_state = ClaimBook(), {}
+        self._report = SampleLevelReport(self._population)
         self._open, self._stage_seconds = None, timeout
         arrays, first_round = self._resume(initial_arrays)
         self.summary()
@@ -265,14 +271,15 @@ class SampleLevelFedAvg(Strategy):
         contents: list[RecordDict] = []
         if opened.masked is None:
             mean, contents = self._averaged(opened, layout, current, replies)
-            self._failures.record(asked=len(opened.nodes), answered=len(contents))
+            answers = len(contents)
         elif (found := opened.masked.mean) is None:
             self._save(server_round, opened.reference)
             self._failures.record(asked=len(opened.nodes), answered=0)
             return None, None
         else:
-            mean = found
-            self._failures.record(asked=len(opened.nodes), answered=opened.masked.survivors)
+            mean, answers = found, opened.masked.survivors
+        self._report.averaged(server_round, answers=answers)
+        self._failures.record(asked=len(opened.nodes), answered=answers)
         vector, self._optimizer_state = self.server_optimizer.step(
             current, mean, self._optimizer_state
         )
@@ -340,20 +347,17 @@ class SampleLevelFedAvg(Strategy):
 
     def summary(self) -> None:
         """Log what will be done, before the first round."""
-        log.info("\t├──> Every node trains with DP-SGD and adds its own noise")
-        if self._secure is not None:
-            log.info("\t├──> The server sees sums only: %r", self._secure)
-        if self._gate.open:
-            log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
-        log.info("\t└──> Server optimizer: %s", self.server_optimizer)
+        self._report.summary(self._secure, self.server_optimizer, metrics=self._gate.open)
 
     def _complete(self, result: PrivateResult, grid: Grid) -> None:
         result.node_privacy = self.node_privacy
         hand_over(result, grid)
 
     def _progress(self, server_round: int) -> str:
-        caveat = noise_caveat(cryptographic=self._claims.cryptographic)
-        return f"worst node at epsilon {rounded_up(self._claims.largest)}{caveat}"
+        claims = self._claims
+        return self._report.progress(
+            server_round, largest=claims.largest, cryptographic=claims.cryptographic
+        )
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -484,10 +484,27 @@ def test_a_range_that_is_changed_later_changes_nothing():
 def test_where_nobody_could_report_them_metrics_are_refused():
     with pytest.raises(ValueError, match=r"metrics=NoisedMetrics.* with num_nodes=4"):
         strategy(unit="user", num_nodes=4, sampling=PoissonSampling(50, 943))
-    with pytest.raises(ValueError, match=r"metrics=NoisedMetrics.* must be one of"):
+    with pytest.raises(ValueError, match=r"metrics=NoisedMetrics.* the server adds none"):
         SampleLevelFedAvg(population=4, metrics=METRICS)
-    with pytest.raises(ValueError, match="must be None without metrics='not_private'"):
-        strategy(train_metrics_aggr_fn=lambda contents, key: MetricRecord())
+
+
+@pytest.mark.parametrize("metrics", [{"accuracy": (0.0, 1.0)}, "noised", None, 5])
+def test_what_metrics_may_be_is_said_with_noised_ones_only_where_there_are_any(metrics):
+    with pytest.raises(ValueError, match="metrics=") as refused:
+        strategy(metrics=metrics)
+    assert str(refused.value) == (
+        f"metrics={metrics!r} must be 'none', 'not_private' or NoisedMetrics({{name: (low, high)}})"
+    )
+    with pytest.raises(ValueError, match=r"must be one of \['none', 'not_private'\]"):
+        SampleLevelFedAvg(population=4, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"), [(METRICS, "no single report to combine"), ("none", "is dropped")]
+)
+def test_a_function_that_combines_reports_is_refused_for_the_true_reason(metrics, reason):
+    with pytest.raises(ValueError, match=f"must be None without metrics='not_private'.*{reason}"):
+        strategy(metrics=metrics, train_metrics_aggr_fn=lambda contents, key: MetricRecord())
 
 
 def test_any_sampling_and_relation_will_do():

@@ -511,7 +511,7 @@ def test_a_subclass_may_say_how_the_noisy_mean_is_applied():
         ({"noise_seed": "a"}, "noise_seed='a'"),
         ({"unit": "foo"}, r"unit='foo' must be one of \['node', 'user', 'example'\]"),
         ({"relation": "foo"}, r"relation='foo' must be one of"),
-        ({"metrics": "foo"}, r"metrics='foo' must be one of"),
+        ({"metrics": "foo"}, r"metrics='foo' must be 'none', "),
         ({"rounding": "foo"}, r"rounding='foo' must be one of"),
         ({"give_up_after": 0}, "give_up_after=0"),
         ({"clipping": FixedClipping}, "clipping="),

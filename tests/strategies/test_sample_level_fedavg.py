@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 
 import numpy as np
@@ -92,6 +93,19 @@ def test_numbers_that_are_not_finite_are_dropped(bad):
     client = claiming(lambda i: bad if i == 0 else 2.0)
     result = strategy().start(RecordingGrid(client, NODES), start_model(), 1)
     np.testing.assert_allclose(values(result.arrays)[:3], 2.0, rtol=1e-6)
+
+
+def test_the_log_tells_of_a_round_that_nobody_answered(caplog):
+    caplog.set_level(logging.INFO, logger="flwr.dpfl")
+    honest = claiming(lambda i: 1.0)
+
+    def client(message):
+        late = message.metadata.group_id == "2"
+        return Error(101) if late else honest(message)
+
+    strategy().start(RecordingGrid(client, NODES), start_model(), 3)
+    lines = [m for m in caplog.messages if "[ROUND" in m]
+    assert ["nobody answered" in line for line in lines] == [False, True, False]
 
 
 def test_all_failing_is_an_error():

@@ -274,6 +274,23 @@ def test_counts_that_are_no_weights_weigh_nothing_and_large_ones_as_the_bound():
         np.testing.assert_allclose(flat(masked), weights @ updates / weights.sum(), atol=1e-4)
 
 
+def test_the_log_tells_of_an_abandoned_round_and_how_many_are_in_a_mean_where_that_changes(caplog):
+    caplog.set_level(logging.INFO, logger="flwr.dpfl")
+    lost = {1: 4, 2: 0, 3: 1}
+
+    def fault(m):
+        server_round, stage = m.metadata.group_id.split("/")
+        late = m.metadata.dst_node_id - 1000 < lost[int(server_round)]
+        return Fault.SILENT if stage == "mask" and late else None
+
+    run(secure(), rounds=len(lost), fault=fault)
+    lines = [m for m in caplog.messages if "[ROUND" in m]
+    assert ["nothing released" in line for line in lines] == [True, False, False]
+    counts = [m.split("the mean is that of ")[1] for m in caplog.messages if "mean is that of" in m]
+    assert counts == [f"{NODES} of {NODES} nodes", f"{NODES - 1} of {NODES} nodes"]
+    assert all(m.startswith("NOT PRIVATE: ") for m in caplog.messages if "mean is that of" in m)
+
+
 # --- claims ------------------------------------------------------------------------------------
 
 CONFIG = DPSGDConfig(
