@@ -39,12 +39,24 @@ class NoisedMetrics:
         In (0, 1]: by what fraction the metrics make the noise on the model larger, for the same
         budget. They lengthen the vector whose norm the noise is sized for: of m metrics each has
         K units with ``sqrt(S^2 + m K^2) = (1 + share) S``, S the update's. The noise on a mean
-        metric then has about the standard deviation ::
+        metric then has the standard deviation, but for K being an integer, ::
 
-            noise_multiplier (high - low) / (2 expected_cohort) * sqrt(m / (2 share))
+            z (high - low) / (2 expected_cohort) * sqrt(m / (1 - (1 + share)**-2))
 
-        which is 0.05 of its range for two metrics, a share of 0.01, a noise multiplier of 1 and
-        100 nodes; exactly, it is in the result's ``metric_noise``.
+        with z the noise multiplier; adaptive clipping, whose indicator takes a part, makes that
+        ``1 / sqrt(z**-2 - (2 indicator_noise)**-2)``. It is 0.05 of the range for two metrics, a
+        share of 0.01, z = 1 and 100 nodes, and is in the result's ``metric_noise``.
+
+    Notes
+    -----
+    Under Poisson sampling at rate q the cohort's size varies while the divisor does not. That adds
+    to the error of a mean, as an estimate of the population's, a standard deviation of ::
+
+        (high - low) / 2 * sqrt((1 - q) / expected_cohort * mean(place**2))
+
+    with each unit's place in [-1, 1]: none where all lie in the middle of the range, the most where
+    they lie at its ends. It is no noise that epsilon counts on, depends on data, and is not in
+    ``metric_noise``. The nearer the middle of the range is to what is expected, the smaller it is.
 
     Raises
     ------

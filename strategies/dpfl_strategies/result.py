@@ -34,7 +34,9 @@ class PrivateResult(Result):
         Whether client metrics were let through: no epsilon covers those.
     metric_noise:
         Standard deviation of the noise on the mean of each noised metric in
-        ``train_metrics_clientapp``, in the metric's own units; epsilon covers those.
+        ``train_metrics_clientapp``, before it is clipped to its range, in the metric's own units;
+        epsilon covers those. Of the noise alone: under Poisson sampling the cohort's varying size
+        adds to a mean's error, see :class:`~dpfl_strategies.noised_metrics.NoisedMetrics`.
     stopped:
         Why the run ended.
     rounds:

@@ -242,6 +242,37 @@ def test_the_noise_on_means_has_the_stated_scale_and_a_wrong_one_would_be_seen(a
     np.testing.assert_allclose(stated, place * half, rtol=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_documented_formula_of_the_noise_holds_for_every_share(share, adaptive):
+    clipping = AdaptiveClipping(indicator_noise=0.8) if adaptive else FixedClipping(1.0)
+    made = strategy(metrics=NoisedMetrics(METRICS.bounds, share=share), clipping=clipping)
+    made.prepare(model(), 1)
+    found = made._rounds.running().metric_noise
+    made.close()
+    z = (1 - (2 * 0.8) ** -2) ** -0.5 if adaptive else 1.0
+    loss = z * 5 / (2 * NODES) * math.sqrt(2 / (1 - (1 + share) ** -2))
+    assert found == pytest.approx({"accuracy": loss / 5, "loss": loss}, rel=2e-3)
+
+
+def test_under_poisson_sampling_a_mean_errs_by_the_documented_deviation_beside_the_noise():
+    rounds, places = 120, np.linspace(-0.25, 0.75, NODES)
+    made = strategy(
+        noise_multiplier=0.0,
+        noise_seed=5,  # of the coins
+        sampling=PoissonSampling(NODES / 2, NODES),
+        metrics=NoisedMetrics({"loss": (-2.0, 4.0)}),
+        give_up_after=None,
+    )
+    grid = answering([(0.0, {"loss": 1.0 + 3.0 * place}) for place in places])
+    result = made.start(grid, model(1), num_rounds=rounds)
+    means = [found["loss"] for found in result.train_metrics_clientapp.values()]
+    expected = 3.0 * math.sqrt((1 - 0.5) / (NODES / 2) * np.mean(places**2))
+    assert np.std(means) == pytest.approx(expected, rel=0.2)
+    assert np.mean(means) == pytest.approx(1.0 + 3.0 * places.mean(), abs=expected / 3)
+    assert result.metric_noise == {"loss": 0.0}
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1])
 def test_for_the_same_budget_the_noise_on_the_model_is_larger_by_the_share(share, plan):
     budget = PrivacyBudget(epsilon=3.0, delta=1e-5)
