@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self, final
 
-from dpfl_flower import checks
+from dpfl_flower import checks, records
 
 __all__ = ["NO_METRICS", "MetricRanges"]
 
@@ -52,6 +52,10 @@ class MetricRanges:
             raise ValueError(f"names={self.names!r} must name no metric twice")
         for name, low, high in zip(self.names, self.lows, self.highs, strict=True):
             checks.name(metric=name)
+            if name == records.NUM_EXAMPLES:
+                raise ValueError(
+                    f"metric {name!r} must be another: it is how much a node weighs, and no metric"
+                )
             if not 0 < _width(low, high) < math.inf:
                 raise ValueError(
                     f"range={(low, high)!r} of the metric {name!r} must be (low, high) with low < "

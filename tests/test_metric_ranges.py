@@ -74,3 +74,8 @@ def test_names_and_ranges_must_match():
         MetricRanges(("a", "a"), (0.0, 0.0), (1.0, 1.0))
     assert len(MetricRanges()) == 0
     assert MetricRanges().places({"a": 1.0}) == ()
+
+
+def test_how_much_a_node_weighs_is_no_metric():
+    with pytest.raises(ValueError, match="num-examples"):
+        MetricRanges.of({"num-examples": (0, 1000)})

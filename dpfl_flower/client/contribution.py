@@ -36,7 +36,7 @@ from dpfl_flower.client.grid_fields import (
 )
 from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.policy import NodePolicy
-from dpfl_flower.client.public_claim import public_claim
+from dpfl_flower.client.public_claim import public_claim, require_unclaimed
 from dpfl_flower.client.weighted_update import WeightedUpdate
 from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.metric_ranges import NO_METRICS, MetricRanges
@@ -167,6 +167,7 @@ class BoundedUpdate(Contribution):
     def vector(self, answer: RecordDict) -> NDArray[np.int32]:
         """Return the bounded update, then the clip indicator and the metrics that are asked for."""
         request, layout = self._request, self._layout
+        require_unclaimed(answer)
         try:
             arrays = answered_arrays(answer)
             layout.check(arrays)
@@ -242,7 +243,9 @@ class IntegerSum(Contribution):
         return public_claim(answer) if self._claimed else None
 
     def vector(self, answer: RecordDict) -> NDArray[np.int64]:
-        """Return the node's sum."""
+        """Return the node's sum; zeros for one above the bound, unless it is noised already."""
+        if not self._claimed:
+            require_unclaimed(answer)
         try:
             total = read_array(array_record(answer, records.INTEGER_SUM)[records.SUM])
         except (KeyError, TypeError, ValueError) as error:
@@ -251,11 +254,16 @@ class IntegerSum(Contribution):
         if total.dtype != np.int64 or total.ndim != 1:
             raise NodeError(NodeErrorCode.MALFORMED_REPLY, "the app's sum is no int64 vector")
         if total.size and not (-most <= total.min() and total.max() <= most):
-            raise NodeError(
-                NodeErrorCode.MALFORMED_REPLY,
+            what = (
                 f"an entry of the app's sum exceeds largest={most}: this node holds more units "
-                "than the population that the server counts on",
+                "than the population that the server counts on"
             )
+            if self._claimed:
+                raise NodeError(NodeErrorCode.MALFORMED_REPLY, what)
+            # A refusal would tell of this node's exact sum, outside of all masks and noise, to a
+            # server that names bounds to find out.
+            logger.error("%s: it counts as zeros", what)
+            return np.zeros_like(total)
         return total.astype(np.int64)
 
 

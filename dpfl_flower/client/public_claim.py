@@ -18,18 +18,19 @@ from flwr.app import ConfigRecord, RecordDict
 from dpfl_flower import checks, records
 from dpfl_flower.accounting import PrivacyUnit, Relation
 from dpfl_flower.accounting.accountant import require_supported
-from dpfl_flower.accounting.events import events_from_json
+from dpfl_flower.accounting.events import events_from_json, events_to_json
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import number, text
 from dpfl_flower.wire import config_record
 
-__all__ = ["public_claim"]
+__all__ = ["public_claim", "require_unclaimed"]
 
 _EPSILON: Final = "epsilon"
 _DELTA: Final = "delta"
 _DURABLE: Final = "durable"
 _CRYPTOGRAPHIC: Final = "cryptographic"
-_TEXTS: Final = ("dataset", "unit", "relation", "events")
+_EVENTS: Final = "events"
+_TEXTS: Final = ("dataset", "unit", "relation", _EVENTS)
 
 
 def public_claim(answer: RecordDict) -> ConfigRecord:
@@ -51,6 +52,7 @@ def public_claim(answer: RecordDict) -> ConfigRecord:
         )
     try:
         claim = ConfigRecord({name: text(found, name) for name in _TEXTS})
+        claim[_EVENTS] = events_to_json(events_from_json(text(found, _EVENTS)))
         claim[_EPSILON], claim[_DELTA] = number(found, _EPSILON), number(found, _DELTA)
         claim[_DURABLE] = _flag(found, _DURABLE)
         if _CRYPTOGRAPHIC in found:
@@ -63,6 +65,25 @@ def public_claim(answer: RecordDict) -> ConfigRecord:
     return claim
 
 
+def require_unclaimed(answer: RecordDict) -> None:
+    """Refuse an answer that holds a privacy claim, where the sum is of answers that have none.
+
+    Its arrays are noised, and its metrics are not: a server that asks a node with noise of its own
+    for bounded updates and metrics would get the exact sum of what nobody has paid for.
+
+    Raises
+    ------
+    NodeError
+        MALFORMED_REPLY.
+    """
+    if config_record(answer, records.PRIVACY) is not None:
+        raise NodeError(
+            NodeErrorCode.MALFORMED_REPLY,
+            "the app's answer holds a privacy claim, and is asked for as one without noise: "
+            "SampleLevelFedAvg and LocalDPFedAvg ask for answers with claims",
+        )
+
+
 def _check(claim: ConfigRecord) -> None:
     epsilon = number(claim, _EPSILON)
     checks.probability(delta=number(claim, _DELTA))
@@ -70,7 +91,7 @@ def _check(claim: ConfigRecord) -> None:
         raise ValueError(f"epsilon={epsilon!r} must be a number >= 0")
     unit = checks.choice(PrivacyUnit, unit=text(claim, "unit"))
     relation = checks.choice(Relation, relation=text(claim, "relation"))
-    for event in events_from_json(text(claim, "events")):
+    for event in events_from_json(text(claim, _EVENTS)):
         require_supported(event, relation, unit=unit)
 
 

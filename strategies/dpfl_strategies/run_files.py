@@ -145,12 +145,16 @@ def plan_part(
 
 
 def require_same_settings(saved: RunState, settings: Mapping[str, str]) -> None:
-    """Raise CheckpointError, naming the first, where a setting is not what the run began with."""
+    """Raise CheckpointError, naming the first, where a setting is not what the run began with.
+
+    A setting that the checkpoint does not know, since it is older, was None.
+    """
     for name, value in settings.items():
-        if saved.settings.get(name) != value:
+        began = saved.settings.get(name, "None")
+        if began != value:
             raise CheckpointError(
-                f"{name}={value} must be {saved.settings.get(name)}, as when the run in the "
-                "checkpoint began; give another checkpoint_dir to begin a new run"
+                f"{name}={value} must be {began}, as when the run in the checkpoint began; give "
+                "another checkpoint_dir to begin a new run"
             )
 
 

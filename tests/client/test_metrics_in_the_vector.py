@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from dpfl_flower import records
 from dpfl_flower.client.contribution import UpdateRequest, contribution_for
+from dpfl_flower.client.contribution_base import SumBound
 from dpfl_flower.client.errors import NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import METRIC_FIELDS
 from dpfl_flower.client.users import CohortRequest
@@ -142,3 +143,33 @@ def test_users_inside_a_node_are_not_asked_for_metrics():
     for field, value in {"num-metrics": 1, "metric-units": 5, "metric-names": ["a"]}.items():
         with pytest.raises(ValueError, match="unknown fields"):
             CohortRequest.from_config(ConfigRecord(dict(plain.to_config()) | {field: value}))
+
+
+def test_an_answer_with_a_claim_of_its_own_is_summed_as_such_or_not_at_all():
+    """Its weights are noised, its metrics are not: a server that lies asks for the exact sum."""
+    claimed = RecordDict(
+        {
+            records.ARRAYS: ArrayRecord({"w": Array(np.full(4, 0.25, np.float32))}),
+            records.METRICS: MetricRecord({"loss": 3.0}),
+            records.INTEGER_SUM: ArrayRecord({records.SUM: Array(np.zeros(4, np.int64))}),
+            records.PRIVACY: ConfigRecord({"epsilon": 1.0}),
+        }
+    )
+    asked = content(request().to_config())
+    cohort = content(SumBound(largest=LARGEST, parties=4).to_config())
+    cohort[records.COHORT] = ConfigRecord()
+    for what in (asked, cohort):
+        made = contribution_for(what, {}, width=GRID.width, bits=BITS)
+        with pytest.raises(NodeError, match="privacy claim") as refused:
+            made.vector(claimed)
+        assert refused.value.code is NodeErrorCode.MALFORMED_REPLY
+        del claimed[records.PRIVACY]
+        made.vector(claimed)
+        claimed[records.PRIVACY] = ConfigRecord({"epsilon": 1.0})
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_request_names_as_many_metrics_as_its_grid_carries(count):
+    ranges = MetricRanges.of({f"m{n}": (0.0, 1.0) for n in range(count)})
+    with pytest.raises(ValueError, match="must be 2, the grid's"):
+        request(metrics=ranges)

@@ -95,6 +95,36 @@ def test_labels_tell_run_round_terms_packing_purpose_and_direction_apart():
         Session(2**64, 1)
 
 
+# Shamir.
+
+
+def interpolated(shares):
+    """Return the polynomial's coefficients, lowest first, from as many shares as it has."""
+    rows = [[pow(x, k, PRIME) for k in range(len(shares))] + [y] for x, y in shares.items()]
+    for column, row in enumerate(rows):
+        inverse = pow(row[column], -1, PRIME)  # distinct x: no pivot is 0, by Vandermonde
+        row[:] = [value * inverse % PRIME for value in row]
+        for other in rows:
+            if other is not row:
+                factor = other[column]
+                other[:] = [(a - factor * b) % PRIME for a, b in zip(other, row, strict=True)]
+    return [row[-1] for row in rows]
+
+
+def test_each_coefficient_of_each_secret_is_drawn_anew_over_the_whole_field():
+    secret, found = bytes(32), []
+    for _ in range(40):
+        shares = split(secret, threshold=5, count=6, rng=secure())
+        points = {x: int.from_bytes(shares[x - 1], "big") for x in range(1, 6)}
+        constant, *drawn = interpolated(points)
+        assert constant == 0
+        found += drawn
+    assert len(set(found)) == len(found) == 160
+    # Each of 256 bits is set in some and clear in some: chance leaves one out by 2^-151.
+    for bit in range(256):
+        assert {coefficient >> bit & 1 for coefficient in found} == {0, 1}
+
+
 # Masks.
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpfl_flower.secagg import RoundAbandoned, SecureSum
 from dpfl_flower.secagg.keys import PUBLIC_KEY_BYTES
 from dpfl_flower.secagg.lanes import encoding_without_wrap
-from dpfl_flower.secagg.messages import Stage
+from dpfl_flower.secagg.messages import Stage, UnmaskRequest
 from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.node_state import NodeRules, NodeState
 from dpfl_flower.secagg.sealing import OVERHEAD_BYTES
@@ -232,6 +232,15 @@ def test_a_key_that_nobody_can_agree_on_costs_its_own_node_only():
 
 
 # On the wire.
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**64, True, 1.0, "1", b"1"])
+def test_what_is_no_id_of_64_bits_is_refused_alone_and_in_a_list(wrong):
+    good = UnmaskRequest(server_round=1, survivors=(2, 3), dropped=(4,))
+    with pytest.raises(ValueError, match="survivors"):
+        from_config(UnmaskRequest, dict(to_config(good)) | {"survivors": [2, wrong]})
+    with pytest.raises(ValueError, match="server_round"):
+        from_config(UnmaskRequest, dict(to_config(good)) | {"server_round": wrong})
 
 
 def test_every_message_and_state_survives_its_records():

@@ -13,8 +13,9 @@ from dpfl_flower.secagg.masks import apply_masks
 from dpfl_flower.secagg.messages import Stage
 from dpfl_flower.secagg.modulus import Modulus
 from dpfl_flower.secagg.node_state import NodeRules
+from dpfl_flower.secagg.sealing import unseal
 from dpfl_flower.secagg.server import Advertising
-from tests.support.secagg import Cast, plan
+from tests.support.secagg import Cast, plan, with_rosters
 
 WIDTH = 1 << 18
 NODES = (1, 2, 3, 4)
@@ -154,3 +155,32 @@ def test_words_of_several_entries_are_uniform_under_a_mask_and_not_without(bits,
     assert seen.size == bare.size == WIDTH
     assert p_value(seen.view(np.uint8), 64) > FALSE_ALARM
     assert p_value(bare.view(np.uint8), 64) < FALSE_ALARM
+
+
+def test_tokens_which_the_server_sees_open_nothing_and_are_no_key():
+    cast = Cast(dict.fromkeys(NODES, np.zeros(2, np.int64)), with_rosters(NODES))
+    keys, tokens, sealed = set(), set(), []
+
+    def watch(stage, replies):
+        for n, reply in replies.items():
+            state = cast.states[n]
+            if reply.stage is Stage.SHARE:
+                keys.update(item.key for item in state.opening)
+                keys.update((state.seed, state.mask_private))
+                sealed.extend((n, item.node_id, item.sealed) for item in reply.sealed)
+                assert {item.token for item in state.shown}.isdisjoint(
+                    item.token for item in state.expected
+                )
+            if reply.stage is Stage.MASK:
+                tokens.update(item.token for item in reply.tokens)
+
+    cast.run(plan(NODES, width=2, rosters=True), watch=watch)
+    pairs = len(NODES) * (len(NODES) - 1)
+    assert len(tokens) == len(sealed) == pairs and all(len(token) == 32 for token in tokens)
+    assert tokens.isdisjoint(keys)
+    session = plan(NODES, width=2, rosters=True).bound_session
+    for sender, receiver, box in sealed:
+        label = session.label("seal", sender, receiver)
+        for token in tokens:
+            with pytest.raises(ValueError):
+                unseal(token, box, label)

@@ -41,7 +41,8 @@ def train(message, context):
     for name, array in message.content["arrays"].items():
         step = 0.1 * (index + 1) * rng.normal(size=array.shape)
         arrays[name] = Array(np.asarray(array.numpy() + step, dtype=array.dtype))
-    metrics = MetricRecord({"num-examples": 10 * (index + 1), "loss": 1.0})
+    examples = 10 * (index + 1)
+    metrics = MetricRecord({"num-examples": examples, "loss": 1.0, "examples-seen": examples})
     return Message(
         RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message
     )
@@ -105,7 +106,7 @@ def same(first, second):
         {"weighting": NumExamplesWeighting(w_max=40, mean_weight=0.6)},
         {"rounding": "dithered"},
         {"noise_multiplier": 0.0},
-        {"metrics": NoisedMetrics({"loss": (0.0, 1.0), "num-examples": (0, 60)}, share=1.0)},
+        {"metrics": NoisedMetrics({"loss": (0.0, 1.0), "examples-seen": (0, 60)}, share=1.0)},
     ],
 )
 def test_a_run_is_the_same_to_the_last_bit_with_and_without(files, changes):

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from dpfl_flower.accounting import (
     EveryoneSampling,
     FixedSizeSampling,
+    Ledger,
     PoissonSampling,
     PrivacyBudget,
 )
 from dpfl_flower.cli.progress import RoundProgress
 from dpfl_flower.client import secure_aggregation_mod
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
+from dpfl_flower.noise.rounded_gaussian import RoundedGaussian
 from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.simulation import Fault, InProcessGrid
 from dpfl_strategies import (
@@ -483,6 +485,32 @@ def test_a_run_that_began_without_metrics_goes_on_without(tmp_path):
     strategy(checkpoint_dir=tmp_path, metrics="none").start(grid, model(), 1)
     with pytest.raises(CheckpointError, match="noised_metrics="):
         strategy(checkpoint_dir=tmp_path).start(grid, model(), 2)
+
+
+def test_a_run_of_an_older_version_that_knew_no_metrics_goes_on(tmp_path, monkeypatch):
+    grid = answering([(0.1, {"accuracy": 0.5})] * NODES)
+    settings = DPFedAvg.settings
+
+    def older(self):
+        return {k: v for k, v in settings(self).items() if k != "noised_metrics"}
+
+    with monkeypatch.context() as then:
+        then.setattr(DPFedAvg, "settings", older)
+        strategy(checkpoint_dir=tmp_path, metrics="none").start(grid, model(), 1)
+    with pytest.raises(CheckpointError, match="noised_metrics="):
+        strategy(checkpoint_dir=tmp_path).start(grid, model(), 2)
+    assert strategy(checkpoint_dir=tmp_path, metrics="none").start(grid, model(), 2).rounds == 2
+
+
+def test_what_draws_fall_short_of_their_law_is_charged_for_metrics_too(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    grid = answering([(0.1, {"accuracy": 0.5, "loss": 1.0})] * NODES)
+    spent = strategy(ledger=path).start(grid, model(), 1).privacy
+    with Ledger.open(path, dataset="default", delta=spent.delta, unit="node") as ledger:
+        [made] = ledger.plans.values()
+    one = RoundedGaussian(2**14).total_variation
+    assert one > 0
+    assert made.total_variation == pytest.approx(one * (flat(model()).size + 2), rel=1e-12, abs=0)
 
 
 # Arguments.

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dpfl_flower import records
-from dpfl_flower.accounting import Gaussian
+from dpfl_flower.accounting import Gaussian, events_to_json
 from dpfl_flower.client import (
     DPSGDClient,
     DPSGDConfig,
@@ -430,13 +430,15 @@ def test_nothing_leaves_but_the_masked_vector_and_the_fields_of_the_claim():
     def more(content):
         content["privacy"]["patients"] = SECRET
         content["privacy"]["statement"] = f"epsilon 1 for {SECRET} patients"
+        content["privacy"]["events"] += " " * 47  # a valid list all the same
         content["notes"] = ConfigRecord({"mean-age": SECRET})
 
     with Watched(app(changed(more)), num_supernodes=NODES) as grid:
         secure(metrics="not_private", fraction_evaluate=0.1).start(grid, model(), num_rounds=1)
         [sent] = answers_of(grid, 1000, "mask")
     assert set(sent.content) == {records.SECAGG, records.MASKED, records.PRIVACY}
-    assert dict(sent.content["privacy"]) == dict(claim(0, 1))
+    events = events_to_json([Gaussian(5.0)])
+    assert dict(sent.content["privacy"]) == dict(claim(0, 1)) | {"events": events}
     for reply in grid.came:
         if "/mask" not in reply.metadata.group_id and not reply.has_error():
             assert records.PRIVACY not in reply.content
