@@ -138,7 +138,9 @@ def _encrypt(
         )
     if request.parties < least:
         raise Refused(
-            Refusal.TOO_FEW_NODES, f"parties={request.parties} must be >= {least}, min_cohort"
+            Refusal.TOO_FEW_NODES,
+            f"parties={request.parties} must be >= {least}, this node's own "
+            f"{records.SECAGG_MIN_COHORT}",
         )
     try:
         checks.positive(seconds=request.seconds)
@@ -175,7 +177,9 @@ def _decrypt(
     survivors = set(request.survivors)
     if len(survivors) < least:
         raise Refused(
-            Refusal.TOO_FEW_NODES, f"{len(survivors)} survivors must be >= {least}, min_cohort"
+            Refusal.TOO_FEW_NODES,
+            f"{len(survivors)} survivors must be >= {least}, this node's own "
+            f"{records.SECAGG_MIN_COHORT}",
         )
     code = DigitCode(width=known.width, bits=known.bits, parties=known.parties)
     try:
@@ -212,7 +216,7 @@ def _min_cohort(node_config: Mapping[str, object]) -> int:
             "share, no roster is kept and no colluder is withstood",
         )
     least = count_setting(node_config, records.SECAGG_MIN_COHORT, _LEAST_COHORT)
-    checks.at_least(2, min_cohort=least)
+    checks.at_least(2, **{f"node config {records.SECAGG_MIN_COHORT}": least})
     return least
 
 

@@ -70,7 +70,9 @@ _REASONS: Final = {
         "the model mixes the records of a batch or keeps statistics of them; "
         "opacus.validators.ModuleValidator.fix replaces BatchNorm with GroupNorm."
     ),
-    NodeErrorCode.SECAGG_TOO_FEW_NODES: "fewer nodes than this node's minimum cohort.",
+    NodeErrorCode.SECAGG_TOO_FEW_NODES: (
+        "fewer nodes than this node's minimum cohort, secagg-min-cohort in its node config."
+    ),
     NodeErrorCode.SECAGG_THRESHOLD_TOO_LOW: (
         "twice the threshold must exceed the neighbours and the colluders among them."
     ),

@@ -107,9 +107,11 @@ class CKKS(SecureAggregation):
     def check_population(self, population: int) -> None:
         """Raise ValueError where no round could ever end well, or sums might not be exact."""
         if population < self.min_cohort:
-            raise ValueError(f"min_cohort={self.min_cohort!r} must be <= population={population!r}")
+            raise ValueError(
+                f"min_cohort={self.min_cohort!r} must be <= {population}, the nodes that there are"
+            )
         if self.max_cohort is None:
-            _exact(population=population)
+            _exact(nodes=population)
 
     def begin(self, request: SumRequest) -> SecureExchange:
         """Return the first stage of a round; RoundAbandoned if there are too few nodes."""

@@ -3,11 +3,13 @@
 >>> check_cohort(NodeRules(min_cohort=3), members=(1,))
 Traceback (most recent call last):
     ...
-dpfl_flower.secagg.errors.Refused: too-few-nodes: 2 nodes with this one, min_cohort=3 must be there
+dpfl_flower.secagg.errors.Refused: too-few-nodes: 2 nodes with this one, this node's own \
+secagg-min-cohort=3 must be there
 """
 
 from collections.abc import Collection, Iterable
 
+from dpfl_flower import records
 from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.messages import PeerKeys, SignedSurvivors
 from dpfl_flower.secagg.node_state import NodeRules, NodeState
@@ -51,7 +53,8 @@ def roster_members(
 def check_cohort(rules: NodeRules, members: Collection[int], *, counted_on: int = 0) -> None:
     """Refuse fewer nodes than ``min_cohort``, or than are counted on, this one included."""
     there = 1 + len(members)
-    for name, least in (("min_cohort", rules.min_cohort), ("the plan's survivors", counted_on)):
+    own = f"this node's own {records.SECAGG_MIN_COHORT}"
+    for name, least in ((own, rules.min_cohort), ("the plan's survivors", counted_on)):
         if there < least:
             raise Refused(
                 Refusal.TOO_FEW_NODES,

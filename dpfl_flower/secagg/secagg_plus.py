@@ -126,13 +126,13 @@ class SecAggPlus(SecureAggregation):
         least = max(self.min_cohort, self.colluders + 2)
         if is_count(self.threshold) and population <= self.threshold:
             raise ValueError(
-                f"threshold={self.threshold!r} must be < population={population!r}: a node has no "
+                f"threshold={self.threshold!r} must be < {population}, the nodes: a node has no "
                 "more neighbours"
             )
         if population < least:
             raise ValueError(
                 f"min_cohort={self.min_cohort!r} with colluders={self.colluders!r} needs at least "
-                f"{least} nodes, population={population!r}"
+                f"{least} nodes, and there are {population}"
             )
 
     def begin(self, request: SumRequest) -> SecureExchange:

@@ -100,8 +100,9 @@ class ClaimedSums:
         if len(nodes) > self._parties:
             raise ValueError(
                 f"max_cohort={self._parties} must be >= {len(nodes)}, the nodes that are "
-                f"registered: give {type(self._secure).__name__} a larger one, so that the modulus "
-                "leaves room for all"
+                "registered: raise the number of nodes that the strategy was given (population or "
+                f"num_nodes), or give {type(self._secure).__name__} a larger max_cohort, so that "
+                "the modulus leaves room for all"
             )
         encoding = encoding_without_wrap(bound.largest, bound.parties, width)
         request = SumRequest(

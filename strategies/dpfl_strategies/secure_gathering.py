@@ -135,8 +135,9 @@ class SecureGathering(Gathering):
         if len(registry) > self._max_cohort and not self._never_more:
             raise ValueError(
                 f"max_cohort={self._max_cohort} must be >= {len(registry)}, the nodes that are "
-                f"registered: give {type(self._secure).__name__} a larger one, so that the modulus "
-                "leaves room for all"
+                "registered: raise the number of nodes that the strategy was given (population or "
+                f"num_nodes), or give {type(self._secure).__name__} a larger max_cohort, so that "
+                "the modulus leaves room for all"
             )
         asked = self._inner.ask(run, server_round, registry, reference)
         bound = self._bound(run.largest_entry)

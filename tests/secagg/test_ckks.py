@@ -334,7 +334,7 @@ def test_settings_that_make_no_sense(keys, settings, match):
 def test_more_than_can_be_summed_exactly_are_refused(keys):
     made = CKKS(key=keys[0])
     made.check_population(MOST_PARTIES)
-    with pytest.raises(ValueError, match="population=1048577"):
+    with pytest.raises(ValueError, match="nodes=1048577"):
         made.check_population(MOST_PARTIES + 1)
     with pytest.raises(ValueError, match="min_cohort=3"):
         made.check_population(2)

@@ -17,6 +17,7 @@ from dpfl_flower.secagg.messages import (
     Token,
     UnmaskRequest,
 )
+from dpfl_flower.secagg.node_checks import check_cohort
 from dpfl_flower.secagg.node_state import NodeRules, Party
 from dpfl_flower.secagg.server import Advertising
 from dpfl_flower.secagg.session import node_bytes
@@ -70,6 +71,11 @@ def test_fewer_peers_than_its_own_minimum():
     rules = {1: NodeRules(min_cohort=5)}
     cast, request = at(Stage.SHARE, rules=rules)
     assert refusal(cast, request, peers=request.peers[:3]) is Refusal.TOO_FEW_NODES
+
+
+def test_the_refusal_names_the_key_of_the_node_config():
+    with pytest.raises(Refused, match=r"3 nodes .* this node's own secagg-min-cohort=5 must"):
+        check_cohort(NodeRules(min_cohort=5), members=(2, 3))
 
 
 def test_fewer_sharers_or_survivors_than_its_own_minimum():
