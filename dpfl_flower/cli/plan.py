@@ -134,6 +134,10 @@ def plan(
         if clip is not None:
             checks.positive(clip=clip)
         budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=unit, relation=relation)
+        checks.positive_int(**{"--population": population})
+        checks.positive(**{"--cohort": cohort})
+        if cohort > population:
+            raise ValueError(f"--cohort={cohort:g} must be <= --population={population}")
         sampling = PoissonSampling(cohort, population)
         budget.check_population(population)
         with output.working("Solving for the noise, then pricing its neighbourhood"):

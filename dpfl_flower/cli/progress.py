@@ -116,9 +116,9 @@ class ProgressDisplay:
         self._console = Console(stderr=True, highlight=False)
         self._task: TaskID | None = None
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
             # What the app prints is its result: never moved to the standard error.

@@ -95,7 +95,7 @@ def run(
     ] = None,
     num_supernodes: Annotated[
         int | None,
-        typer.Option(help="Nodes to simulate; default: num-supernodes in the app's [tool.dpfl]."),
+        typer.Option(help="Nodes to simulate; default: num-supernodes in the app's \\[tool.dpfl]."),
     ] = None,
     workers: Annotated[
         int | None,

@@ -137,3 +137,8 @@ def test_one_patients_step_is_the_gradient_of_the_loss() -> None:
 def test_a_wrong_setting_is_refused(config: Config, key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{value}"):
         Settings.parse(config | {key: value})  # type: ignore[dict-item]
+
+
+def test_a_trust_that_there_is_not_is_refused_with_those_that_there_are(config: Config) -> None:
+    with pytest.raises(ValueError, match=r"trust='secure' .* \['local', 'distributed'\]"):
+        Settings.parse(config | {"trust": "secure"})

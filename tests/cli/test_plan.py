@@ -91,8 +91,9 @@ def test_the_cohort_that_the_warning_names_is_enough() -> None:
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
-        ({"cohort": 2000}, "expected_cohort=2000.0 must be <= 1000"),
-        ({"population": 0}, "population=0 must be an integer >= 1"),
+        ({"cohort": 1001}, "--cohort=1001 must be <= --population=1000"),
+        ({"cohort": 0}, "--cohort=0.0 must be a finite number > 0"),
+        ({"population": 0}, "--population=0 must be an integer >= 1"),
         ({"epsilon": -1}, "epsilon=-1.0 must be a finite number > 0"),
         ({"delta": 0.5}, "delta=0.5 must be < 1/population"),
         ({"rounds": 0}, "rounds=0 must be an integer >= 1"),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from rich.markup import render
 from typer.testing import CliRunner, Result
 
 from dpfl_flower.cli import app as dpfl
@@ -340,3 +342,14 @@ def test_run_config_is_read_as_flower_reads_it() -> None:
     for wrong in ("a=", "=1", "a='x", "a=1b", "a=[1]", "a=1 b"):
         with pytest.raises(ValueError, match="--run-config"):
             parse_run_config([wrong])
+
+
+def test_no_bracket_of_a_help_text_is_taken_for_markup() -> None:
+    command = typer.main.get_command(dpfl)
+    assert isinstance(command, typer.core.TyperGroup)
+    shown = CliRunner().invoke(dpfl, ["run", "--help"], env={"COLUMNS": "300"})
+    assert "num-supernodes in the app's [tool.dpfl]." in shown.stdout
+    for name, one in command.commands.items():
+        texts = [one.help or "", *(getattr(option, "help", None) or "" for option in one.params)]
+        for text in texts:
+            assert render(text).plain == text.replace("\\[", "["), name

@@ -33,7 +33,7 @@ class Settings:
         Nodes to wait for.
     min_hospitals
         Under distributed trust, the fewest hospitals in a sum: with fewer a round is abandoned,
-        and so many shares are what a patient's protection counts on.
+        and so many shares are what a patient's protection counts on. Unused under local trust.
     rosters
         Under distributed trust, whether every hospital has a roster of the others' keys: they then
         also sign who survived a round.
@@ -71,7 +71,7 @@ class Settings:
     run_dir: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trust", Trust(self.trust))
+        object.__setattr__(self, "trust", checks.choice(Trust, trust=self.trust))
         checks.positive_int(num_hospitals=self.num_hospitals, num_rounds=self.num_rounds)
         checks.positive_int(min_hospitals=self.min_hospitals)
         if self.trust is Trust.DISTRIBUTED:
@@ -93,7 +93,7 @@ class Settings:
             return kind(value)
 
         return cls(
-            trust=Trust(read("trust", str)),
+            trust=checks.choice(Trust, trust=read("trust", str)),
             num_hospitals=read("num-hospitals", int),
             min_hospitals=read("min-hospitals", int),
             rosters=read("rosters", bool),
