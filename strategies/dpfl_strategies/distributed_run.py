@@ -63,6 +63,7 @@ class DistributedSettings:
             begun = saved is None
             if saved is None:
                 plan = self.design(layout.dimension, num_rounds, tuple(ledger.events()))
+                self.request.check_one_release(plan.event)
                 saved = RunState(
                     run=uuid.uuid4().hex,
                     server_round=0,

@@ -393,7 +393,7 @@ class LocalDPFedAvg(NobodyEvaluates):
             self._shuffled = self._stated.resumed(dict(state.settings))
             self._optimizer_state = dict(state.optimizer_state)
             log.info("Resuming run %s after round %d", state.run, state.server_round)
-        self._noise.grid(layout.dimension)  # refused before anybody waits for a node
+        self._plan.check_dimension(self._noise, layout.dimension)  # before anybody waits for a node
         self._affordable = self._plan.affordable(self._noise)
         self._settings = {**fixed, **noise_settings(self._noise)}
         return initial_arrays if state is None else to_record(state.model)

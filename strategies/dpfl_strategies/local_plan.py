@@ -146,13 +146,24 @@ class LocalPlan:
         return float(self.request.sampling.expected_cohort)
 
     def affordable(self, noise: LocalNoise) -> int:
-        """Return how many rounds a node's budget pays for, if nothing else was released."""
+        """Return how many rounds a node's budget pays for, if nothing else was released.
+
+        Raises
+        ------
+        ValueError
+            If it pays for none.
+        """
         budget = self.request.budget
         if budget is None or self.request.noise_multiplier is None:
             return noise.rounds
-        return affordable_rounds(
-            budget, noise.event(self.request.noise_multiplier), at_most=noise.rounds
-        )
+        event = noise.event(self.request.noise_multiplier)
+        self.request.check_one_release(event)
+        return affordable_rounds(budget, event, at_most=noise.rounds)
+
+    def check_dimension(self, noise: LocalNoise, dimension: int) -> None:
+        """Raise ValueError where no integers carry the noise on a model of this length."""
+        with self.request.naming_the_budget(noise.resolve_noise_multiplier(), noise.rounds):
+            noise.grid(dimension)
 
     def ask(self, noise: LocalNoise, *, dimension: int, server_round: int) -> LocalRequest:
         """Return the request of one round."""

@@ -1,10 +1,22 @@
 """What the user asked for: a budget, a noise multiplier, or both; parsed once, at the edge."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpfl_flower import checks
-from dpfl_flower.accounting import Event, PrivacyBudget, PrivacyUnit, Relation, Sampling, calibrate
+from dpfl_flower.accounting import (
+    Event,
+    PrivacyBudget,
+    PrivacyUnit,
+    Relation,
+    Sampling,
+    affordable_rounds,
+    calibrate,
+)
+
+# With less noise than this it is never the budget that integers cannot carry.
+_MUCH_NOISE = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,3 +116,38 @@ class PrivacyRequest:
         return calibrate(
             self.budget, self.sampling, num_rounds, prior=prior, total_variation=total_variation
         )
+
+    def check_one_release(self, event: Event) -> None:
+        """Raise ValueError where the noise that was given is too little for a single ``event``."""
+        budget = self.budget
+        if budget is None or self.noise_multiplier is None:
+            return
+        if affordable_rounds(budget, event, at_most=1) < 1:
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier!r} is too little noise for {budget}: not "
+                "one round fits this budget, so that none would be run. Raise noise_multiplier or "
+                "epsilon, or leave noise_multiplier out: it then follows from the budget"
+            )
+
+    @contextmanager
+    def naming_the_budget(self, noise_multiplier: float, num_rounds: int) -> Iterator[None]:
+        """Where integers inside cannot carry the noise that the budget asks for, say that it does.
+
+        Raises
+        ------
+        ValueError
+            Instead of one about a noise multiplier that the user never gave.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if self.budget is None or self.noise_multiplier is not None:
+                raise
+            if noise_multiplier < _MUCH_NOISE:
+                raise
+            raise ValueError(
+                f"epsilon={self.budget.epsilon!r} over num_rounds={num_rounds} rounds asks for "
+                f"more noise (noise_multiplier={noise_multiplier:.4g}) than this model can be "
+                "released under: raise epsilon, plan fewer rounds, or draw each round from more "
+                "units"
+            ) from error

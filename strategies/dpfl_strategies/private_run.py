@@ -87,11 +87,15 @@ class PrivatePlan:
         entries = ArrayLayout.of(model).dimension + 1 + len(self.ranges)
         if self.request.noise_multiplier is None:
             _require_worthwhile(ledger, num_rounds)
+        else:
+            release = self.request.sampling.event(Gaussian(self.request.noise_multiplier))
+            self.request.check_one_release(release)
         try:
             multiplier = self.request.solve(
                 num_rounds, prior=ledger.events(), total_variation=most * entries * num_rounds
             )
-            grid = self._grid(model, multiplier)
+            with self.request.naming_the_budget(multiplier, num_rounds):
+                grid = self._grid(model, multiplier)
         except UnsupportedEvent:
             raise
         except ValueError as error:

@@ -3,7 +3,7 @@
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -115,7 +115,7 @@ def run_rounds(
     node that did not answer.
     """
     result.arrays, result.rounds = arrays, first_round - 1
-    started = time.monotonic()
+    ends: list[float] = []
     if evaluate_fn is not None:
         _keep(
             result.evaluate_metrics_serverapp, first_round - 1, evaluate_fn(first_round - 1, arrays)
@@ -124,7 +124,16 @@ def run_rounds(
         reason = hooks.stop_reason()
         if reason is not None:
             result.stopped = reason
-            log.warning("Stopping before round %d of %d: %s", server_round, num_rounds, reason)
+            if ends:
+                log.warning("Stopping before round %d of %d: %s", server_round, num_rounds, reason)
+            else:
+                log.error(
+                    "NO ROUND WAS RUN, the model is the one this run began with: %s (round %d of "
+                    "%d)",
+                    reason,
+                    server_round,
+                    num_rounds,
+                )
             break
         messages = strategy.configure_train(
             server_round, arrays, ConfigRecord(dict(train_config or {})), grid
@@ -150,17 +159,24 @@ def run_rounds(
             _keep(
                 result.evaluate_metrics_serverapp, server_round, evaluate_fn(server_round, arrays)
             )
-        elapsed = time.monotonic() - started
-        left = elapsed / (server_round - first_round + 1) * (num_rounds - server_round)
-        log.info(
-            "[ROUND %d/%d] %s, about %.0f s left",
-            server_round,
-            num_rounds,
-            hooks.progress(server_round),
-            left,
-        )
+        ends.append(time.monotonic())
+        progress = hooks.progress(server_round)
+        left = _time_left(ends, num_rounds - server_round)
+        log.info("[ROUND %d/%d] %s%s", server_round, num_rounds, progress, left)
     hooks.failures.finish()
     return result
+
+
+def _time_left(ends: Sequence[float], rounds: int) -> str:
+    """Return the words for how long ``rounds`` more take, given when each round so far ended.
+
+    Empty after the first of several: it holds what only starts up, on every node, and says nothing
+    about the others.
+    """
+    if rounds and len(ends) < 2:
+        return ""
+    each = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+    return f", about {each * rounds:.0f} s left"
 
 
 def _keep(kept: dict[int, MetricRecord], server_round: int, metrics: MetricRecord | None) -> None:

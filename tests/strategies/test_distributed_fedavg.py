@@ -164,6 +164,12 @@ def test_colluders_make_every_share_stronger():
     assert shares[1] == pytest.approx(shares[0] * math.sqrt(3 / 2), rel=1e-3)
 
 
+def test_a_multiplier_of_which_not_one_round_fits_the_budget_is_refused():
+    it = strategy(noise_multiplier=1.0, delta=None, unit=None, budget=BUDGET)
+    with pytest.raises(ValueError, match=r"noise_multiplier=1.0 .* not one round fits"):
+        run(it)
+
+
 def test_a_budget_that_runs_out_ends_the_run(tmp_path):
     path = tmp_path / "ledger.jsonl"
     it = strategy(noise_multiplier=8.0, delta=None, unit=None, budget=BUDGET, ledger=path)

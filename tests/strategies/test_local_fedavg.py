@@ -33,6 +33,7 @@ from dpfl_flower.client.users import UserCohort, app, user_cohort_app
 from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_flower.noise import RoundedGaussian, RoundedLaplace
 from dpfl_flower.rng import SeededRandom
+from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.simulation import Fault, InProcessGrid
 from dpfl_strategies import AllClientsFailed, CheckpointError, FedAvgM, LocalDPFedAvg, Stopped
 from tests.support.contracts import statistics
@@ -298,6 +299,27 @@ def test_a_node_that_forgets_in_the_middle_is_charged_for_both_lives():
     claims = result.node_privacy.claims
     spent = epsilon([Composed(Gaussian(2.0), 4)], delta=DELTA, relation="replace-one")
     assert [c.epsilon for c in claims.values()] == pytest.approx([spent] * NODES, rel=1e-3)
+
+
+def test_a_budget_that_no_run_can_keep_to_is_refused_before_anybody_is_asked():
+    asked = []
+    arguments = {"delta": None, "noise_multiplier": None}
+    for epsilon_, changes, said in (
+        (1e-4, {}, r"^epsilon=0.0001 over num_rounds=2 rounds asks for more noise .*: raise"),
+        (1.0, {"noise_multiplier": 1.0}, r"noise_multiplier=1.0 .* not one round fits"),
+    ):
+        budget = PrivacyBudget(epsilon_, DELTA, "node", "replace-one")
+        it = strategy(**(arguments | {"budget": budget} | changes))
+        with pytest.raises(ValueError, match=said):
+            run(it, phones(), rounds=2, fault=asked.append)
+    assert asked == []
+
+
+def test_too_few_nodes_are_called_nodes_and_no_population():
+    with pytest.raises(ValueError, match=r"min_cohort=5 .* needs at least 5 nodes, and there are"):
+        strategy(secure_aggregation=SecAggPlus(min_cohort=5))
+    with pytest.raises(ValueError, match=r"threshold=4 must be < 4, the nodes"):
+        strategy(secure_aggregation=SecAggPlus(threshold=4))
 
 
 def test_a_budget_that_does_not_pay_for_all_rounds_ends_the_run():

@@ -163,6 +163,40 @@ def test_a_budget_fixes_the_noise_and_is_kept():
     assert "this run only" in str(result.privacy)
 
 
+def test_a_budget_that_asks_for_more_noise_than_integers_carry_is_named_with_its_way_out():
+    short = strategy(noise_multiplier=None, budget=PrivacyBudget(epsilon=1e-4, delta=1e-5))
+    with pytest.raises(ValueError, match=r"^epsilon=0.0001 over num_rounds=3 .*: raise") as said:
+        short.start(RecordingGrid(adding(0.0), NODES), model(100), num_rounds=3)
+    assert "needs a finer grid" in str(said.value.__cause__)
+    given = strategy(noise_multiplier=1e5)  # no budget to blame
+    with pytest.raises(ValueError, match=r"^noise_multiplier=100000.0 with dimension=100"):
+        given.start(RecordingGrid(adding(0.0), NODES), model(100), num_rounds=3)
+
+
+def test_a_multiplier_of_which_not_one_round_fits_the_budget_is_refused(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    budget = PrivacyBudget(epsilon=1.0, delta=1e-5)
+    none = strategy(noise_multiplier=1.0, budget=budget, ledger=path)
+    grid = RecordingGrid(adding(0.0), NODES)
+    with pytest.raises(ValueError, match=r"noise_multiplier=1.0 .* not one round fits"):
+        none.start(grid, model(), num_rounds=3)
+    assert not grid.pushed
+    one = strategy(noise_multiplier=4.0, budget=budget, ledger=path)  # and the ledger is usable
+    assert one.start(grid, model(), num_rounds=3).rounds == 1
+
+
+def test_a_run_that_a_spent_ledger_leaves_no_round_says_so_first(caplog):
+    budget = PrivacyBudget(epsilon=1.0, delta=1e-5)
+    private = strategy(noise_multiplier=4.0, budget=budget)
+    private.start(RecordingGrid(adding(0.0), NODES), model(), num_rounds=1)
+    result = private.start(RecordingGrid(adding(0.0), NODES), model(), num_rounds=3)
+    assert (result.rounds, result.stopped) == (0, Stopped.BUDGET_SPENT)
+    (said,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert said.getMessage().startswith(
+        "NO ROUND WAS RUN, the model is the one this run began with"
+    )
+
+
 def test_a_budget_that_runs_out_ends_the_run_with_the_last_model(caplog):
     caplog.set_level(logging.INFO, logger="flwr.dpfl")
     budget = PrivacyBudget(epsilon=2.0, delta=1e-5)
@@ -320,7 +354,7 @@ def test_a_ledger_with_a_sliver_left_says_how_little(tmp_path):
 
 def test_a_budget_that_was_always_too_small_is_no_matter_of_the_ledger():
     tiny = PrivacyBudget(epsilon=1e-6, delta=1e-5)
-    with pytest.raises(ValueError, match=r"noise_multiplier=.* needs a finer grid"):
+    with pytest.raises(ValueError, match=r"^epsilon=1e-06 over .* asks for more noise"):
         strategy(noise_multiplier=None, budget=tiny).start(
             RecordingGrid(adding(0.1), NODES), model(), 5
         )
