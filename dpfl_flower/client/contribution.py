@@ -21,7 +21,13 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from dpfl_flower import checks, records
-from dpfl_flower.client.contribution_base import LARGEST, PARTIES, Contribution, SumBound
+from dpfl_flower.client.contribution_base import (
+    LARGEST,
+    PARTIES,
+    Contribution,
+    SumBound,
+    global_model,
+)
 from dpfl_flower.client.distributed_request import DistributedRequest
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import (
@@ -38,7 +44,6 @@ from dpfl_flower.client.local_request import LocalRequest
 from dpfl_flower.client.policy import NodePolicy
 from dpfl_flower.client.public_claim import public_claim, require_unclaimed
 from dpfl_flower.client.weighted_update import WeightedUpdate
-from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.metric_ranges import NO_METRICS, MetricRanges
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.wire import (
@@ -151,13 +156,7 @@ class BoundedUpdate(Contribution):
     def __init__(self, request: UpdateRequest, task: RecordDict) -> None:
         self._request = request
         self._task = task
-        arrays = array_record(task, records.ARRAYS)
-        self._reference = {name: read_array(array) for name, array in arrays.items()}
-        self._layout = ArrayLayout.of(self._reference)
-        if self._layout.dimension != request.grid.dimension:
-            raise ValueError(
-                f"dimension={request.grid.dimension} must be {self._layout.dimension}, the model's"
-            )
+        self._reference, self._layout = global_model(task, dimension=request.grid.dimension)
 
     @property
     def task(self) -> RecordDict:

@@ -6,16 +6,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
+from dpfl_flower import records
 from dpfl_flower.client.grid_fields import integer
+from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.secagg import fewest_bits
 from dpfl_flower.secagg.encoding import Integers
 from dpfl_flower.secagg.split_lanes import SPLIT_LANES, SPLIT_PARTIES
+from dpfl_flower.wire import array_record, read_array
 
-__all__ = ["LARGEST", "PARTIES", "Contribution", "SumBound"]
+__all__ = ["LARGEST", "PARTIES", "Contribution", "SumBound", "global_model"]
 
 LARGEST: Final = "largest"
 PARTIES: Final = "parties"
@@ -54,6 +58,25 @@ class SumBound:
     def from_config(cls, record: Mapping[str, object]) -> Self:
         """Read a bound; ValueError when a field is missing or of another type."""
         return cls(largest=integer(record, LARGEST), parties=integer(record, PARTIES))
+
+
+def global_model(
+    task: RecordDict, *, dimension: int
+) -> tuple[dict[str, NDArray[Any]], ArrayLayout]:
+    """Return the global arrays of a request by name, and their layout.
+
+    Raises
+    ------
+    ValueError
+        Unless so many of their numbers are released.
+    KeyError
+        If there are none.
+    """
+    arrays = {name: read_array(array) for name, array in array_record(task, records.ARRAYS).items()}
+    layout = ArrayLayout.of(arrays)
+    if layout.dimension != dimension:
+        raise ValueError(f"dimension={dimension} must be {layout.dimension}, the model's")
+    return arrays, layout
 
 
 class Contribution(ABC):

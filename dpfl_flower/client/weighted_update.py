@@ -21,20 +21,17 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from dpfl_flower import checks, clipping, records
-from dpfl_flower.client.contribution_base import Contribution, SumBound
+from dpfl_flower import checks, clipping
+from dpfl_flower.client.contribution_base import Contribution, SumBound, global_model
 from dpfl_flower.client.errors import NODE_LOGGER, NodeError, NodeErrorCode
 from dpfl_flower.client.grid_fields import integer, number
 from dpfl_flower.client.public_claim import public_claim
-from dpfl_flower.layout import ArrayLayout
 from dpfl_flower.quantize import BoundedSum, IntegerGrid
 from dpfl_flower.quantize.grid import LARGEST_SENSITIVITY_UNITS
 from dpfl_flower.wire import (
     answered_arrays,
     answered_metrics,
-    array_record,
     num_examples,
-    read_array,
 )
 
 __all__ = ["AverageRequest", "WeightedUpdate"]
@@ -177,13 +174,7 @@ class WeightedUpdate(Contribution):
     def __init__(self, request: AverageRequest, task: RecordDict) -> None:
         self._request = request
         self._task = task
-        arrays = array_record(task, records.ARRAYS)
-        self._reference = {name: read_array(array) for name, array in arrays.items()}
-        self._layout = ArrayLayout.of(self._reference)
-        if self._layout.dimension != request.dimension:
-            raise ValueError(
-                f"dimension={request.dimension} must be {self._layout.dimension}, the model's"
-            )
+        self._reference, self._layout = global_model(task, dimension=request.dimension)
 
     @classmethod
     def asked(
