@@ -45,8 +45,13 @@ def state():
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _as_torch_begins():
+    untouched()  # a test elsewhere, of this process, may have set torch's older names
     yield
+    untouched()
+
+
+def untouched():
     torch.set_float32_matmul_precision("highest")
     BACKENDS.fp32_precision = "none"
     BACKENDS.cudnn.fp32_precision = "none"
