@@ -90,5 +90,5 @@ def charge_round(
 
 
 def _asked(*policies: NodePolicy | None) -> Iterable[NodePolicy]:
-    """Return the policies there are, each once: all must agree. Without any, what none allows."""
+    """Return the policies there are, each once: all must agree. Without any, the default one."""
     return dict.fromkeys(policy for policy in policies if policy is not None) or (NodePolicy(),)

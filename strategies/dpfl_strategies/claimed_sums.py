@@ -20,7 +20,7 @@ from dpfl_flower.secagg import (
     encoding_without_wrap,
     terms_of,
 )
-from dpfl_strategies.secure_round import SecureRound, round_seconds
+from dpfl_strategies.secure_round import SecureRound, no_room, round_seconds
 
 __all__ = ["ClaimedSums"]
 
@@ -98,12 +98,7 @@ class ClaimedSums:
             If there are more nodes than the modulus leaves room for; nobody is asked then.
         """
         if len(nodes) > self._parties:
-            raise ValueError(
-                f"max_cohort={self._parties} must be >= {len(nodes)}, the nodes that are "
-                "registered: raise the number of nodes that the strategy was given (population or "
-                f"num_nodes), or give {type(self._secure).__name__} a larger max_cohort, so that "
-                "the modulus leaves room for all"
-            )
+            raise no_room(self._secure, parties=self._parties, nodes=len(nodes))
         encoding = encoding_without_wrap(bound.largest, bound.parties, width)
         request = SumRequest(
             session=Session(grid.run.run_id, server_round, terms_of(task)),

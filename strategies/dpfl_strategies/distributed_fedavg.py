@@ -41,7 +41,7 @@ from dpfl_strategies.round_loop import (
     run_rounds,
 )
 from dpfl_strategies.run_files import RunFiles
-from dpfl_strategies.secure_round import SecureRound, round_seconds
+from dpfl_strategies.secure_round import SecureRound, round_seconds, unfinished
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
 
@@ -308,9 +308,7 @@ class DistributedDPFedAvg(NobodyEvaluates):
         self, server_round: int, replies: Iterable[Message]
     ) -> Iterable[Message] | None:
         """Return the messages of the next exchange, None once the sum is there, or given up."""
-        exchange = self._opened(server_round).exchange
-        exchange.receive(replies)
-        return None if exchange.finished else exchange.messages()
+        return self._opened(server_round).exchange.proceed(replies)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -327,10 +325,7 @@ class DistributedDPFedAvg(NobodyEvaluates):
         del replies  # continue_train has had them
         run, opened = self._running(), self._opened(server_round)
         if not opened.exchange.finished:
-            raise RuntimeError(
-                f"round {server_round} waits for further messages: send what continue_train "
-                "returns until it returns None, then aggregate"
-            )
+            raise unfinished(server_round)
         self._open = None
         summed = opened.exchange.total
         if summed is None or len(summed.survivors) < run.plan.min_survivors:

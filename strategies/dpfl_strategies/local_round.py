@@ -21,7 +21,7 @@ from dpfl_strategies.claimed_sums import ClaimedSums
 from dpfl_strategies.local_plan import LocalPlan, claim_covers
 from dpfl_strategies.messages import Arrays, to_messages
 from dpfl_strategies.replies import accepted, parse_sum
-from dpfl_strategies.secure_round import SecureRound
+from dpfl_strategies.secure_round import SecureRound, unfinished
 
 __all__ = ["NoisySum", "OpenRound", "masked_round"]
 
@@ -73,10 +73,7 @@ class OpenRound:
 
     def proceed(self, replies: Iterable[Message]) -> list[Message] | None:
         """Return what to send once these replies are there, None where they are the last ones."""
-        if self.masked is None or self.masked.finished:
-            return None
-        self.masked.receive(replies)
-        return None if self.masked.finished else self.masked.messages()
+        return None if self.masked is None else self.masked.proceed(replies)
 
     def gathered(self, replies: Iterable[Message], plan: LocalPlan, claims: ClaimBook) -> NoisySum:
         """Return the sum of all answers that are as asked.
@@ -103,10 +100,7 @@ class OpenRound:
 
     def _unmasked(self, masked: SecureRound, nothing: NDArray[np.int64]) -> NoisySum:
         if not masked.finished:
-            raise RuntimeError(
-                f"round {self.request.server_round} waits for further messages: send what "
-                "continue_train returns until it returns None, then aggregate"
-            )
+            raise unfinished(self.request.server_round)
         summed = masked.total
         if summed is None:
             return NoisySum(nothing, 0, 0)

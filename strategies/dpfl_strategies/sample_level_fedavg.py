@@ -44,6 +44,7 @@ from dpfl_strategies.round_loop import (
 )
 from dpfl_strategies.sample_level_report import SampleLevelReport
 from dpfl_strategies.secure_average import OpenAverage, SecureAverage
+from dpfl_strategies.secure_round import unfinished
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 
 log = logging.getLogger("flwr.dpfl")
@@ -245,7 +246,7 @@ class SampleLevelFedAvg(Strategy):
         hand the last replies to ``aggregate_train``.
         """
         masked = self._opened(server_round).masked
-        return None if masked is None else masked.proceed(replies)
+        return None if masked is None else masked.exchange.proceed(replies)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -261,10 +262,7 @@ class SampleLevelFedAvg(Strategy):
         """
         opened = self._opened(server_round)
         if opened.masked is not None and not opened.masked.exchange.finished:
-            raise RuntimeError(
-                f"round {server_round} waits for further messages: send what continue_train "
-                "returns until it returns None, then aggregate"
-            )
+            raise unfinished(server_round)
         self._open = None
         layout = ArrayLayout.of(opened.reference)
         current = layout.flatten(opened.reference)

@@ -10,7 +10,7 @@ wrapping around
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, final
 
@@ -46,13 +46,6 @@ class OpenAverage:
 
     request: AverageRequest
     exchange: SecureRound
-
-    def proceed(self, replies: Iterable[Message]) -> list[Message] | None:
-        """Return what to send once these replies are there, None where they are the last ones."""
-        if self.exchange.finished:
-            return None
-        self.exchange.receive(replies)
-        return None if self.exchange.finished else self.exchange.messages()
 
     @property
     def survivors(self) -> int:

@@ -34,7 +34,7 @@ from dpfl_strategies.gathering import Asked, Gathered, Gathering
 from dpfl_strategies.messages import Arrays
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_run import GridOf, PrivateRun
-from dpfl_strategies.secure_round import SecureRound, round_seconds
+from dpfl_strategies.secure_round import SecureRound, no_room, round_seconds, unfinished
 from dpfl_strategies.weighting import NumExamplesWeighting, UniformWeighting, Weighting
 
 __all__ = ["SecureGathering"]
@@ -133,12 +133,7 @@ class SecureGathering(Gathering):
     ) -> Asked:
         """Draw the cohort; ValueError before anyone is asked if there could be too many."""
         if len(registry) > self._max_cohort and not self._never_more:
-            raise ValueError(
-                f"max_cohort={self._max_cohort} must be >= {len(registry)}, the nodes that are "
-                "registered: raise the number of nodes that the strategy was given (population or "
-                f"num_nodes), or give {type(self._secure).__name__} a larger max_cohort, so that "
-                "the modulus leaves room for all"
-            )
+            raise no_room(self._secure, parties=self._max_cohort, nodes=len(registry))
         asked = self._inner.ask(run, server_round, registry, reference)
         bound = self._bound(run.largest_entry)
         extra = RecordDict(dict(asked.records))
@@ -175,11 +170,7 @@ class SecureGathering(Gathering):
     def proceed(self, asked: Asked, replies: Iterable[Message]) -> list[Message] | None:
         """Return the next stage's messages; None once the sum is there, or given up."""
         del asked
-        current = self._round
-        if current is None or current.finished:
-            return None
-        current.receive(replies)
-        return None if current.finished else current.messages()
+        return None if self._round is None else self._round.proceed(replies)
 
     def gather(self, run: PrivateRun, asked: Asked, replies: Iterable[Message]) -> Gathered | None:
         """Return the sum, None for an abandoned round.
@@ -191,10 +182,7 @@ class SecureGathering(Gathering):
         """
         current, self._round = self._round, None
         if current is None or not current.finished:
-            raise RuntimeError(
-                f"round {asked.server_round} waits for further messages: send what continue_train "
-                "returns until it returns None, then aggregate"
-            )
+            raise unfinished(asked.server_round)
         if current.total is None:
             return None
         return Gathered(current.total.total, len(current.total.survivors), [])

@@ -16,7 +16,7 @@ from dpfl_flower.secagg import (
 )
 from dpfl_strategies.replies import accepted
 
-__all__ = ["SecureRound", "round_seconds"]
+__all__ = ["SecureRound", "no_room", "round_seconds", "unfinished"]
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -32,6 +32,23 @@ def round_seconds(stage_seconds: float) -> float:
     300.0
     """
     return min(LONGEST_SECONDS, _STAGES * stage_seconds)
+
+
+def no_room(secure: SecureAggregation, *, parties: int, nodes: int) -> ValueError:
+    """Return the error of a round with more nodes than the modulus leaves room for."""
+    return ValueError(
+        f"max_cohort={parties} must be >= {nodes}, the nodes that are registered: raise the number "
+        "of nodes that the strategy was given (population or num_nodes), or give "
+        f"{type(secure).__name__} a larger max_cohort, so that the modulus leaves room for all"
+    )
+
+
+def unfinished(server_round: int) -> RuntimeError:
+    """Return the error of a loop of one's own that aggregates before the exchange has ended."""
+    return RuntimeError(
+        f"round {server_round} waits for further messages: send what continue_train returns until "
+        "it returns None, then aggregate"
+    )
 
 
 def _anyone(reply: Message) -> bool:
@@ -94,6 +111,11 @@ class SecureRound:
                 Message(content, node, MessageType.TRAIN, group_id=self._group(exchange))
             )
         return messages
+
+    def proceed(self, replies: Iterable[Message]) -> list[Message] | None:
+        """Go on from these replies; return what to send next, None where they were the last."""
+        self.receive(replies)
+        return None if self.finished else self.messages()
 
     def receive(self, replies: Iterable[Message]) -> None:
         """Go on from the replies to :meth:`messages`; whoever is missing has dropped out."""
