@@ -26,13 +26,13 @@ from dpfl_flower.secagg import SecAggPlus
 from dpfl_flower.secagg.wire import decode_request
 from dpfl_strategies import LocalDPFedAvg, SampleLevelFedAvg
 from tests.support import secure_run, sums_clients
-from tests.support.dropouts import KINDS, NODES
+from tests.support.dropouts import EVERY_WAY, NODES
 
 # Two neighbours of five may drop out: t = 3, and 2 t > 5.
 PROTOCOL = SecAggPlus(threshold=0.6)
 SECURE_MODEL = "secure.npy"
 
-MASKED_ROUND = len(KINDS) + 1
+MASKED_ROUND = len(EVERY_WAY) + 1
 MASKED_LEDGERS = "masked"
 MASKED_RESULTS = "masked.json"
 MAX_UPDATE_NORM = 20.0
@@ -79,7 +79,9 @@ class AllClients(ClientApp):
             if decode_request(content).server_round == MASKED_ROUND:
                 return self._summing(self._folder / MASKED_LEDGERS, mods=[secure_aggregation_mod])
             app = ClientApp()
-            app.train(mods=[secure_run.dropping(KINDS), secure_aggregation_mod])(secure_run.train)
+            app.train(mods=[secure_run.dropping(EVERY_WAY), secure_aggregation_mod])(
+                secure_run.train
+            )
             return app
         if "local" in content:
             unit = str(content["local"]["unit"])
@@ -163,7 +165,10 @@ def main(folder: Path) -> None:
     @server.main()
     def server_main(grid: Grid, context: Context) -> None:
         del context
-        secure = secure_run.run(grid, nodes=NODES, rounds=len(KINDS), secure_aggregation=PROTOCOL)
+        grid.pull_interval = 0.01  # this engine's grid asks ten times a second by itself
+        secure = secure_run.run(
+            grid, nodes=NODES, rounds=len(EVERY_WAY), secure_aggregation=PROTOCOL
+        )
         np.save(folder / SECURE_MODEL, secure)
         (folder / MASKED_LEDGERS).mkdir()
         (folder / MASKED_RESULTS).write_text(json.dumps(run_masked(grid)))
