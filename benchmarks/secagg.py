@@ -78,7 +78,7 @@ THRESHOLD = 2 / 3
 RUN = 1
 BAR = 0.1
 REPEATS = 5
-NODE_REPEATS = 21  # a node is done in 25 milliseconds, which other loads disturb more
+NODE_REPEATS = 41  # a node is done in 25 milliseconds, which other loads disturb more
 
 Vector = NDArray[np.float32]
 

@@ -33,7 +33,7 @@ from dpfl_flower.secagg.split_lanes import (
 __all__ = ["LEAST_WIDTH", "Lanes", "encoding_of", "encoding_without_wrap"]
 
 _USABLE_BITS: Final = 63
-_BLOCK: Final = 1 << 13  # words that stay in cache from lane to lane
+_BLOCK: Final = 1 << 17  # words: a megabyte, beside the second-level cache at worst
 
 LEAST_WIDTH: Final = 1 << 12
 """Shorter vectors cost little anyhow, and with an entry a word more bits tell a left mask."""

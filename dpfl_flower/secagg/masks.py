@@ -26,7 +26,7 @@ from dpfl_flower.secagg.encoding import Words
 __all__ = ["KEY_BYTES", "apply_masks"]
 
 KEY_BYTES: Final = 32
-_BLOCK_BYTES: Final = 1 << 17  # a block and its mask stay in cache
+_BLOCK_BYTES: Final = 3 << 16  # a block and its mask stay in cache
 _ZEROS: Final = memoryview(bytes(_BLOCK_BYTES))
 
 

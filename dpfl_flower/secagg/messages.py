@@ -85,7 +85,7 @@ class Advertised:
     signature: bytes = b""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PeerKeys:
     """What a neighbour advertised."""
 
@@ -106,7 +106,7 @@ class ShareRequest:
     peers: tuple[PeerKeys, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sealed:
     """A pair of shares that only one node can open; ``node_id`` is the other end."""
 
@@ -123,7 +123,7 @@ class SharedKeys:
     sealed: tuple[Sealed, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Token:
     """What only two nodes know: shown by one of them once it has masked with ``node_id``."""
 
@@ -169,7 +169,7 @@ class Acknowledged:
     signature: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SignedSurvivors:
     """What a peer signed: ``survivors`` are ids of 8 bytes each, ascending."""
 
@@ -192,7 +192,7 @@ class UnmaskRequest:
     acknowledgements: tuple[SignedSurvivors, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Share:
     """One share of a secret that belongs to ``node_id``."""
 

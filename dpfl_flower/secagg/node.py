@@ -342,7 +342,9 @@ def _agree(own: KeyPair, public: bytes, label: bytes, *, length: int = _KEY) -> 
 
 
 def _without_keys(state: NodeState) -> tuple[PeerKeys, ...]:
-    """Return who the peers are, without the keys that are of no more use."""
+    """Return who the peers are, without the keys that are of no more use; none if none signs."""
+    if not any(peer.identity for peer in state.peers):
+        return ()
     return tuple(
         PeerKeys(node_id=peer.node_id, mask_key=b"", seal_key=b"", identity=peer.identity)
         for peer in state.peers

@@ -58,7 +58,7 @@ class Party:
     node_id: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HeldShares:
     """What a peer entrusted to this node."""
 
@@ -67,7 +67,7 @@ class HeldShares:
     key_share: bytes = field(repr=False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OpeningKey:
     """Opens what one peer seals for this node."""
 
@@ -91,7 +91,8 @@ class NodeState:
     mask_public, seal_public : bytes
         The public keys that it advertised.
     peers : tuple of PeerKeys
-        Its neighbours; ``sharers`` are those whose masks are in the masked vector.
+        Its neighbours, until it has masked where none signs; ``sharers`` are those whose masks are
+        in the masked vector.
     members : tuple of int
         The neighbours on the roster; all neighbours where there is none.
     opening : tuple of OpeningKey

@@ -65,20 +65,19 @@ class Session:
 
     def label(self, purpose: str, *parties: int) -> bytes:
         """Return bytes that no other purpose, round, run or parties have."""
-        return b"".join(
-            (
-                _PROTOCOL,
-                purpose.encode().ljust(16, b"\0"),
-                self._bound,
-                *map(node_bytes, parties),
-            )
-        )
+        if purpose not in self._beginnings:
+            self._beginnings[purpose] = self._beginning(purpose)
+        return self._beginnings[purpose] + b"".join(map(node_bytes, parties))
 
     @cached_property
-    def _bound(self) -> bytes:
-        """What every label of this round holds: a node makes four for each neighbour."""
+    def _beginnings(self) -> dict[str, bytes]:
+        """How labels begin, by purpose: a node makes four for each neighbour."""
+        return {}
+
+    def _beginning(self, purpose: str) -> bytes:
+        run = node_bytes(self.run_id) + node_bytes(self.server_round)
         terms = hashlib.sha256(self.terms).digest()
-        return node_bytes(self.run_id) + node_bytes(self.server_round) + terms
+        return _PROTOCOL + purpose.encode().ljust(16, b"\0") + run + terms
 
     def pair_label(self, purpose: str, node_id: int, peer: int) -> bytes:
         """Return the label of what two nodes have in common, the same for both."""

@@ -48,8 +48,8 @@ def split(secret: bytes, *, threshold: int, count: int, rng: RandomSource) -> li
     for x in range(1, count + 1):
         value = 0
         for coefficient in reversed(coefficients):
-            value = (value * x + coefficient) % PRIME
-        shares.append(value.to_bytes(SHARE_BYTES, "big"))
+            value = value * x + coefficient  # grows by the few bits of x: one reduction is enough
+        shares.append((value % PRIME).to_bytes(SHARE_BYTES, "big"))
     return shares
 
 

@@ -1,8 +1,8 @@
 """Between the protocol's messages and Flower's records.
 
 A message becomes one ConfigRecord: numbers, text and bytes as they are, a tuple of dataclasses as
-one list for each of its fields. A masked vector travels in an ArrayRecord beside it. Whatever is
-read is checked field by field; nothing in it is executed.
+one list for each of their fields, in the order of their arguments. A masked vector travels in an
+ArrayRecord beside it. Whatever is read is checked field by field; nothing in it is executed.
 
 >>> from dpfl_flower.secagg.messages import UnmaskRequest
 >>> request = UnmaskRequest(server_round=2, survivors=(5, 7), dropped=())
@@ -119,7 +119,7 @@ def to_bytes(message: Any) -> bytes:
     True
     """
     flat = _flat(message)
-    for name in _columns_of_bytes(type(message)):
+    for name in _layout(type(message)).of_bytes:
         value = flat[name]
         flat[name] = value.hex() if isinstance(value, bytes) else [item.hex() for item in value]
     return json.dumps(flat).encode()
@@ -129,7 +129,7 @@ def from_bytes(kind: type[M], data: bytes) -> M:
     """Read what `to_bytes` wrote; ValueError for anything else."""
     try:
         flat = json.loads(data)
-        for name in _columns_of_bytes(kind):
+        for name in _layout(kind).of_bytes:
             value = flat[name]
             flat[name] = (
                 bytes.fromhex(value)
@@ -143,15 +143,13 @@ def from_bytes(kind: type[M], data: bytes) -> M:
 
 def _flat(message: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, (kind, items) in _fields(type(message)).items():
-        value = getattr(message, name)
-        if not items:
-            flat[name] = value
-        elif dataclasses.is_dataclass(kind):
-            for inner in _fields(typing.cast("type[Any]", kind)):
-                flat[f"{name}.{inner}"] = [getattr(item, inner) for item in value]
+    for part in _layout(type(message)).parts:
+        value = getattr(message, part.name)
+        if part.columns:
+            for column in part.columns:
+                flat[column.flat] = [getattr(item, column.name) for item in value]
         else:
-            flat[name] = list(value)
+            flat[part.name] = list(value) if part.many else value
     return flat
 
 
@@ -165,22 +163,16 @@ def from_config(kind: type[M], record: Mapping[str, Any]) -> M:
     """
     rest = dict(record)
     values: dict[str, Any] = {}
-    for name, (inner_kind, items) in _fields(kind).items():
-        if not items:
-            values[name] = _value(name, rest.pop(name, None), inner_kind)
-        elif dataclasses.is_dataclass(inner_kind):
-            columns = {
-                inner: _list(f"{name}.{inner}", rest, field_kind)
-                for inner, (field_kind, _) in _fields(typing.cast("type[Any]", inner_kind)).items()
-            }
-            if len({len(column) for column in columns.values()}) != 1:
-                raise ValueError(f"{name}: its lists must be of one length")
-            values[name] = tuple(
-                inner_kind(**dict(zip(columns, row, strict=True)))
-                for row in zip(*columns.values(), strict=True)
-            )
+    for part in _layout(kind).parts:
+        if part.columns:
+            lists = [_list(column.flat, rest, column.kind) for column in part.columns]
+            if len(set(map(len, lists))) != 1:
+                raise ValueError(f"{part.name}: its lists must be of one length")
+            values[part.name] = tuple(map(part.kind, *lists))
+        elif part.many:
+            values[part.name] = _list(part.name, rest, part.kind)
         else:
-            values[name] = _list(name, rest, inner_kind)
+            values[part.name] = _value(part.name, rest.pop(part.name, None), part.kind)
     if rest:
         raise ValueError(f"unknown fields {sorted(rest)}")
     return kind(**values)
@@ -214,36 +206,57 @@ def _value(name: str, value: object, kind: type[Any]) -> Any:
     return value
 
 
-_known_columns: Final[dict[type[Any], tuple[str, ...]]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """One field of the dataclasses in a tuple: a list in the flat record."""
+
+    name: str
+    flat: str
+    kind: type[Any]
 
 
-def _columns_of_bytes(kind: type[Any]) -> tuple[str, ...]:
-    """Return the names, in a flat record, of what is bytes or a list of bytes."""
-    if kind in _known_columns:
-        return _known_columns[kind]
-    found = []
-    for name, (inner, _) in _fields(kind).items():
-        if dataclasses.is_dataclass(inner):
-            parts = _fields(typing.cast("type[Any]", inner)).items()
-            found += [f"{name}.{part}" for part, (of, _) in parts if of is bytes]
-        elif inner is bytes:
-            found.append(name)
-    _known_columns[kind] = tuple(found)
-    return _known_columns[kind]
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One field: a value, or with ``many`` a tuple of values, or of dataclasses with columns."""
+
+    name: str
+    kind: type[Any]
+    many: bool
+    columns: tuple[_Column, ...]
 
 
-_known_fields: Final[dict[type[Any], Mapping[str, tuple[type[Any], bool]]]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A dataclass's fields in the order of its constructor's arguments.
+
+    ``of_bytes`` names what is bytes, or a list of bytes, in the flat record.
+    """
+
+    parts: tuple[_Part, ...]
+    of_bytes: tuple[str, ...]
 
 
-def _fields(kind: type[Any]) -> Mapping[str, tuple[type[Any], bool]]:
-    """Return the type of each field, or of its items, and whether it is a tuple of them."""
-    if kind in _known_fields:
-        return _known_fields[kind]
+_known_layouts: Final[dict[type[Any], _Layout]] = {}
+
+
+def _layout(kind: type[Any]) -> _Layout:
+    if kind not in _known_layouts:
+        _known_layouts[kind] = _new_layout(kind)
+    return _known_layouts[kind]
+
+
+def _new_layout(kind: type[Any]) -> _Layout:
     hints = typing.get_type_hints(kind)
-    found = {}
+    parts, of_bytes = [], []
     for entry in dataclasses.fields(kind):
-        hint = hints[entry.name]
-        items = typing.get_origin(hint) is tuple
-        found[entry.name] = (typing.get_args(hint)[0] if items else hint, items)
-    _known_fields[kind] = found
-    return found
+        name, hint = entry.name, hints[entry.name]
+        many = typing.get_origin(hint) is tuple
+        inner: type[Any] = typing.get_args(hint)[0] if many else hint
+        columns = tuple(
+            _Column(part.name, f"{name}.{part.name}", part.kind)
+            for part in (_layout(inner).parts if dataclasses.is_dataclass(inner) else ())
+        )
+        parts.append(_Part(name, inner, many, columns))
+        of_bytes += [column.flat for column in columns if column.kind is bytes]
+        of_bytes += [name] * (inner is bytes)
+    return _Layout(tuple(parts), tuple(of_bytes))
