@@ -11,6 +11,7 @@ them, leave with a privacy claim beside the vector.
 True
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class UpdateRequest(SumBound):
                 f"metrics={self.metrics.names!r} must be {self.grid.num_metrics}, the grid's"
             )
         BoundedSum(
-            IntegerGrid(1, 1, 1.0, 1, rounding=self.grid.rounding),
+            dataclasses.replace(self.grid, dimension=1),
             clip_norm=self.clip_norm,
             dither_seed=self.dither_seed,
         )  # checks clip norm and seed, at no cost

@@ -166,7 +166,7 @@ def _mask(
     context: Context,
     call_next: ClientAppCallable,
 ) -> tuple[RecordDict, NodeState]:
-    if terms_of(message.content) != state.terms:
+    if terms_of(message.content, message.metadata.message_type) != state.terms:
         raise Refused(
             Refusal.MALFORMED, "the terms of the sum are not those that the round began with"
         )

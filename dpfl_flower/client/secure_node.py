@@ -7,7 +7,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -60,7 +60,7 @@ class Contributed:
         The privacy claim that travels beside it in clear, where one must.
     """
 
-    vector: Integers
+    vector: Integers = field(repr=False)
     claim: ConfigRecord | None
 
     def beside(self, protected: RecordDict) -> RecordDict:

@@ -175,6 +175,8 @@ class WeightedUpdate(Contribution):
         self._request = request
         self._task = task
         self._reference, self._layout = global_model(task, dimension=request.dimension)
+        # Whatever the request asks that cannot be had shows now, and not by what the app answers.
+        self._bounded = BoundedSum(request.grid, clip_norm=request.max_update_norm)
 
     @classmethod
     def asked(
@@ -213,8 +215,7 @@ class WeightedUpdate(Contribution):
             logger.warning("This round's answer weighs nothing, or is not finite: it is zeros")
             return vector
         share = weight / request.weight_units
-        bounded = BoundedSum(request.grid, clip_norm=request.max_update_norm)
-        vector[:-1] = bounded.contribution([update], weight=share)
+        vector[:-1] = self._bounded.contribution([update], weight=share)
         self._warn(share * length, kept=bool(vector[:-1].any()))
         vector[-1] = weight
         return vector

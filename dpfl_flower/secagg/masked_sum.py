@@ -4,15 +4,15 @@ A secret is put together from the shares of ``threshold`` neighbours, and used o
 that its owner committed to: a wrong share costs the round at worst, and never makes a wrong sum.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dpfl_flower.secagg import shamir
 from dpfl_flower.secagg.encoding import Words
 from dpfl_flower.secagg.errors import RoundAbandoned
 from dpfl_flower.secagg.keys import KeyPair, commitment
 from dpfl_flower.secagg.messages import PeerKeys
 from dpfl_flower.secagg.round_plan import RoundPlan
+from dpfl_flower.secagg.secret_joiner import SecretJoiner
 
 __all__ = ["Graph", "MaskedSum"]
 
@@ -68,33 +68,23 @@ class MaskedSum:
         survivors = set(self.survivors)
         return tuple(peer for peer in self.peers[node] if peer not in survivors)
 
-    def seed(self, node: int, shares: Mapping[int, bytes]) -> bytes:
-        """Return a survivor's seed, the one it committed to."""
+    def seed(self, node: int, shares: Mapping[int, bytes], joiner: SecretJoiner) -> bytes:
+        """Return a survivor's seed, the one it committed to, given shares by holder."""
         label = self.plan.bound_session.label("commit", node)
-        for candidate in self._candidates(shares):
-            if commitment(candidate, label) == self.commitments[node]:
-                return candidate
-        raise RoundAbandoned("the shares of a survivor's seed do not give what it committed to")
+        return joiner.join(
+            shares,
+            self.places[node],
+            is_right=lambda seed: commitment(seed, label) == self.commitments[node],
+            what="of a survivor's seed do not give what it committed to",
+        )
 
-    def key_pair(self, node: int, shares: Mapping[int, bytes]) -> KeyPair:
-        """Return a dropped node's mask key, the one it advertised."""
-        for candidate in self._candidates(shares):
-            pair = KeyPair(candidate)
-            if pair.public == self.keys[node].mask_key:
-                return pair
-        raise RoundAbandoned("the shares of a dropped node's key do not give what it advertised")
-
-    def _candidates(self, shares: Mapping[int, bytes]) -> Iterator[bytes]:
-        """Yield what ``threshold`` of the shares give, in turn, so that a wrong one is got past."""
-        places = sorted(shares)
-        if len(places) < self.threshold:
-            raise RoundAbandoned(
-                f"{len(places)} shares of a secret came, threshold={self.threshold} must"
-            )
-        turns = len(places) if len(places) > self.threshold else 1
-        for turn in range(turns):
-            chosen = (places[turn:] + places[:turn])[: self.threshold]
-            try:
-                yield shamir.combine({x: shares[x] for x in chosen})
-            except ValueError:
-                continue
+    def key_pair(self, node: int, shares: Mapping[int, bytes], joiner: SecretJoiner) -> KeyPair:
+        """Return a dropped node's mask key, the one it advertised, given shares by holder."""
+        public = self.keys[node].mask_key
+        private = joiner.join(
+            shares,
+            self.places[node],
+            is_right=lambda key: KeyPair(key).public == public,
+            what="of a dropped node's key do not give what it advertised",
+        )
+        return KeyPair(private, public)

@@ -46,14 +46,13 @@ from dpfl_flower.secagg.node_checks import (
     check_named,
     check_survivors,
     joined_ids,
-    keys_statement,
     roster_members,
-    survivors_statement,
     those,
 )
 from dpfl_flower.secagg.node_state import HeldShares, NodeRules, NodeState, OpeningKey, Party
 from dpfl_flower.secagg.sealing import seal, unseal
 from dpfl_flower.secagg.session import LONGEST_SECONDS
+from dpfl_flower.secagg.statements import keys_statement, survivors_statement
 
 __all__ = [
     "NodeRules",
@@ -69,6 +68,7 @@ __all__ = [
 ]
 
 _KEY: Final = 32  # bytes
+_MOST_PEERS: Final = 4096  # what a node does for them grows with their square
 
 
 def advertise(
@@ -140,6 +140,12 @@ def share_keys(
         MALFORMED, PEER_KEY_CHANGED, TOO_FEW_NODES, THRESHOLD_TOO_LOW.
     """
     rng = rng or secure()
+    if len(request.peers) > _MOST_PEERS:
+        raise Refused(
+            Refusal.MALFORMED,
+            f"{len(request.peers)} neighbours must be <= {_MOST_PEERS}: SecAggPlus(neighbours=...) "
+            "at the server keeps them few however many nodes there are",
+        )
     peers = tuple(sorted(request.peers, key=lambda peer: peer.node_id))
     check_keys(state, peers)
     members = roster_members(state, peers, rules)
@@ -288,7 +294,8 @@ def acknowledge(
         raise Refused(Refusal.UNCONFIRMED, "this node has no identity to sign with")
     expected = {item.node_id: item.token for item in state.expected}
     for item in request.survivors:
-        if not hmac.compare_digest(item.token, expected.get(item.node_id, b"")):
+        known = expected.get(item.node_id)
+        if known is None or not hmac.compare_digest(item.token, known):
             raise Refused(
                 Refusal.UNCONFIRMED,
                 f"node {item.node_id} does not prove that it masked its vector with this node",

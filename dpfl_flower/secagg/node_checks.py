@@ -14,7 +14,8 @@ from dpfl_flower.secagg.errors import Refusal, Refused
 from dpfl_flower.secagg.messages import PeerKeys, SignedSurvivors
 from dpfl_flower.secagg.node_state import NodeRules, NodeState
 from dpfl_flower.secagg.roster import Roster
-from dpfl_flower.secagg.session import Session, node_bytes
+from dpfl_flower.secagg.session import node_bytes
+from dpfl_flower.secagg.statements import keys_statement, survivors_statement
 
 
 def check_keys(state: NodeState, peers: Iterable[PeerKeys]) -> None:
@@ -83,7 +84,7 @@ def check_confirmed(
     state: NodeState, acknowledgements: tuple[SignedSurvivors, ...], roster: Roster
 ) -> None:
     """Require ``threshold`` members that signed a list of survivors with this node on it."""
-    identities = {peer.node_id: peer.identity for peer in state.peers}
+    identities = {peer.node_id: peer.identity for peer in state.peers}  # none if none signs
     own = node_bytes(state.node_id)
     confirming = set()
     for item in acknowledgements:
@@ -91,7 +92,8 @@ def check_confirmed(
             continue
         listed = {item.survivors[i : i + 8] for i in range(0, len(item.survivors), 8)}
         statement = survivors_statement(state.session, item.node_id, item.survivors)
-        if own in listed and roster.vouches(identities[item.node_id], item.signature, statement):
+        identity = identities.get(item.node_id, b"")
+        if own in listed and roster.vouches(identity, item.signature, statement):
             confirming.add(item.node_id)
     if len(confirming) < state.threshold:
         raise Refused(
@@ -120,13 +122,3 @@ def those(nodes: tuple[int, ...], members: tuple[int, ...]) -> tuple[int, ...]:
 def joined_ids(nodes: tuple[int, ...]) -> bytes:
     """Return the ids as bytes."""
     return b"".join(map(node_bytes, nodes))
-
-
-def keys_statement(session: Session, node_id: int, mask_key: bytes, seal_key: bytes) -> bytes:
-    """Return what a node signs about its keys."""
-    return session.label("keys", node_id) + mask_key + seal_key
-
-
-def survivors_statement(session: Session, node_id: int, survivors: bytes) -> bytes:
-    """Return what a node signs about its surviving peers."""
-    return session.label("survivors", node_id) + survivors

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, final
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from dpfl_flower.secagg.statements import is_signed
 
 __all__ = ["Identity", "Roster"]
 
@@ -94,10 +96,4 @@ class Roster:
 
     def vouches(self, identity: bytes, signature: bytes, statement: bytes) -> bool:
         """Whether a member of this roster, by this identity, signed the statement."""
-        if identity not in self.members:
-            return False
-        try:
-            Ed25519PublicKey.from_public_bytes(identity).verify(signature, statement)
-        except InvalidSignature:
-            return False
-        return True
+        return identity in self.members and is_signed(identity, signature, statement)

@@ -42,7 +42,9 @@ from dpfl_flower.secagg.messages import (
     UnmaskRequest,
 )
 from dpfl_flower.secagg.round_plan import RoundPlan, SecureSum
+from dpfl_flower.secagg.secret_joiner import SecretJoiner
 from dpfl_flower.secagg.session import node_bytes
+from dpfl_flower.secagg.statements import is_signed, keys_statement
 
 __all__ = [
     "Acknowledging",
@@ -113,6 +115,8 @@ class Advertising(ServerStage):
         for node, reply in self._of(Advertised, replies):
             own = {reply.mask_key, reply.seal_key}
             named = {reply.identity} - {b""}
+            if named and not self._signed(node, reply):
+                continue  # or whoever names another's identity would have it taken for the second
             # A key that is nobody's would make every neighbour refuse; so would one that is two's.
             if len(own) == 2 and not (own | named) & seen and all(map(is_usable, own)):
                 seen |= own | named
@@ -129,6 +133,10 @@ class Advertising(ServerStage):
         graph = neighbour_graph(list(keys), self.plan.neighbours, self.rng)
         degree = len(next(iter(graph.values())))
         return Sharing(self.plan, keys, graph, self.plan.threshold_of(degree))
+
+    def _signed(self, node: int, reply: Advertised) -> bool:
+        statement = keys_statement(self.plan.bound_session, node, reply.mask_key, reply.seal_key)
+        return is_signed(reply.identity, reply.signature, statement)
 
 
 @dataclass(frozen=True)
@@ -316,17 +324,18 @@ class Unmasking(ServerStage):
         """Put the secrets together, check each, and take the masks off."""
         masked, plan = self.masked, self.plan
         shares: dict[int, dict[int, bytes]] = {}
+        joiner = SecretJoiner(masked.threshold)
         survivors = set(masked.survivors)
         for holder, reply in self._of(Unmasked, replies):
             seeds = [item for item in reply.seed_shares if item.node_id in survivors]
             keys = [item for item in reply.key_shares if item.node_id not in survivors]
             for item in (*seeds, *keys):
-                place = masked.places.get(item.node_id, {}).get(holder)
-                if place is not None and len(item.share) == shamir.SHARE_BYTES:
-                    shares.setdefault(item.node_id, {})[place] = item.share
+                holds = holder in masked.places.get(item.node_id, {})
+                if holds and len(item.share) == shamir.SHARE_BYTES:
+                    shares.setdefault(item.node_id, {})[holder] = item.share
         # Every secret first: most of the work is not begun on a round that has to be abandoned.
-        own_keys = {node: masked.seed(node, shares.get(node, {})) for node in masked.survivors}
-        pairs = {node: masked.key_pair(node, shares.get(node, {})) for node in masked.dropped}
+        own_keys = {n: masked.seed(n, shares.get(n, {}), joiner) for n in masked.survivors}
+        pairs = {n: masked.key_pair(n, shares.get(n, {}), joiner) for n in masked.dropped}
         total = masked.total.copy()
         add: list[bytes] = []
         subtract = list(own_keys.values())

@@ -23,6 +23,7 @@ PRIME: Final = 2**256 + 297
 SECRET_BYTES: Final = 32
 SHARE_BYTES: Final = 33
 _DRAW_BYTES: Final = 48
+_STEPS: Final = 24  # between two reductions: each adds the few bits of an x
 
 
 def split(secret: bytes, *, threshold: int, count: int, rng: RandomSource) -> list[bytes]:
@@ -47,8 +48,10 @@ def split(secret: bytes, *, threshold: int, count: int, rng: RandomSource) -> li
     shares = []
     for x in range(1, count + 1):
         value = 0
-        for coefficient in reversed(coefficients):
-            value = value * x + coefficient  # grows by the few bits of x: one reduction is enough
+        for index, coefficient in enumerate(reversed(coefficients), start=1):
+            value = value * x + coefficient
+            if not index % _STEPS:
+                value %= PRIME
         shares.append((value % PRIME).to_bytes(SHARE_BYTES, "big"))
     return shares
 

@@ -16,27 +16,37 @@ inconsistency", CCS 2022, whose remedy this is).
 import hashlib
 import json
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, MessageType, RecordDict
 
 from dpfl_flower import records
 
 __all__ = ["terms_of"]
 
 
-def terms_of(content: RecordDict) -> bytes:
-    """Return the SHA-256 of all that nodes are asked: every record but the protocol's own."""
-    terms = {
-        name: [
+def terms_of(content: RecordDict, message_type: str = MessageType.TRAIN) -> bytes:
+    """Return the SHA-256 of all that nodes are asked: every record but the protocol's own.
+
+    In the order that they have, which an app may go by, and with the type of the message: after
+    ``train`` it may name one of several functions of the app.
+
+    >>> from flwr.app import ConfigRecord
+    >>> content = RecordDict({"config": ConfigRecord({"lr": 0.1})})
+    >>> terms_of(content) == terms_of(content, "train.warmup")
+    False
+    """
+    terms = [message_type] + [
+        [
+            name,
             type(record).__name__,
             _arrays(record)
             if isinstance(record, ArrayRecord)
-            else {key: _plain(value) for key, value in sorted(record.items())},
+            else [[key, _plain(value)] for key, value in record.items()],
         ]
-        for name, record in sorted(content.items())
+        for name, record in content.items()
         if name != records.SECAGG
-    }
-    text = json.dumps(terms, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(b"dpfl-flower terms\0" + text.encode()).digest()
+    ]
+    text = json.dumps(terms, separators=(",", ":"))
+    return hashlib.sha256(b"dpfl-flower terms 2\0" + text.encode()).digest()
 
 
 def _arrays(record: ArrayRecord) -> list[list[object]]:

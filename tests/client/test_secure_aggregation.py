@@ -607,6 +607,42 @@ def test_a_model_whose_arrays_come_in_another_order_gets_no_vector():
     assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
 
 
+def test_another_function_of_the_app_than_the_round_began_with_gets_no_vector():
+    """A server asks one node to train and the others to do what leaves the model as it is."""
+    nodes = Nodes()
+    nodes.app.train("warmup", mods=[secure_aggregation_mod])(answers)
+    exchange = nodes.go(until="mask")
+    codes = {}
+    for node, protocol in exchange.requests.items():
+        action = "train" if node == NODES[0] else "train.warmup"
+        request = message(action, nodes.content(exchange, protocol), node_id=node)
+        reply = nodes.app(request, nodes.contexts[node])
+        codes[node] = reply.error.code if reply.has_error() else None
+    refused = NodeErrorCode.MALFORMED_REQUEST
+    assert codes == {NODES[0]: None} | dict.fromkeys(NODES[1:], refused)
+
+
+def test_records_in_another_order_get_no_vector():
+    nodes = Nodes()
+    exchange = nodes.go(until="mask")
+    node, protocol = next(iter(exchange.requests.items()))
+    content = nodes.content(exchange, protocol, dict(reversed(task().items())))
+    assert nodes.code(node, content) is NodeErrorCode.MALFORMED_REQUEST
+
+
+def test_a_clip_norm_that_no_grid_has_is_refused_before_the_app_is_called():
+    def never(message, context):
+        raise AssertionError
+
+    nodes = Nodes(never)
+    told = task()
+    told[records.UPDATE]["clip-norm"] = 1e-306
+    exchange = nodes.go(until="mask", extra=told)
+    node, protocol = next(iter(exchange.requests.items()))
+    code = nodes.code(node, nodes.content(exchange, protocol, told))
+    assert code is NodeErrorCode.MALFORMED_REQUEST
+
+
 def test_nodes_that_were_told_other_terms_share_no_keys():
     nodes = Nodes()
     exchange = nodes.go(until="share")

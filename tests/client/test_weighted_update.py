@@ -95,6 +95,14 @@ def test_a_vector_is_the_update_in_fixed_point_and_the_weight_last():
     np.testing.assert_array_equal(weighed[:-1], round(0.25 / 4.0 * 2**23))
 
 
+def test_a_bound_that_no_grid_has_is_refused_whatever_the_app_would_answer():
+    refused(
+        NodeErrorCode.MALFORMED_REQUEST,
+        contribution,
+        task(max_update_norm=1e-305, max_num_examples=10),
+    )
+
+
 @pytest.mark.parametrize("most", [0, 1, 7, 1000, 2**24 + 1, 2**26])
 def test_the_bound_covers_every_entry_that_a_node_can_answer(most):
     request = AverageRequest(

@@ -1,5 +1,7 @@
 """No stage is answered twice, whatever is forgotten in between."""
 
+import json
+
 import pytest
 
 from dpfl_flower.accounting.ledger_file import LedgerFile
@@ -63,6 +65,22 @@ def test_a_file_remembers_what_the_state_of_a_run_forgot(tmp_path):
     # What memory says counts too, where the file was exchanged.
     late = FileJournal(tmp_path / "new", 7, 1, remembered=Progress(9, int(U)))
     assert refused(late, 9, U) is Refusal.ALREADY_UNMASKED
+
+
+def test_lines_of_other_runs_cost_next_to_nothing_but_are_lines(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    for stage in (A, S):
+        FileJournal(path, 7, 1).enter(4, stage)
+    with path.open("ab") as file:
+        file.writelines(b"[8, 1, %d, 1]\n" % n for n in range(1, 500))
+        file.writelines(b"[7, 11, %d, 1]\n" % n for n in range(1, 500))
+    read, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
+    FileJournal(path, 7, 1).enter(4, M)
+    assert read == [b"[7, 1, 4, 1]", b"[7, 1, 4, 2]"]
+    with path.open("ab") as file:
+        file.write(b"[8, 1, 500]\n")
+    assert refused(FileJournal(path, 7, 1), 4, U) is Refusal.JOURNAL
 
 
 def test_a_line_that_a_crash_cut_short_was_never_answered(tmp_path):

@@ -310,6 +310,27 @@ def test_a_confirmation_of_another_round_does_not_count():
     assert reason is Refusal.UNCONFIRMED
 
 
+def test_a_server_that_makes_up_peers_without_end_holds_no_node_up(monkeypatch):
+    cast, request = at(Stage.SHARE)
+    monkeypatch.setattr(node, "_MOST_PEERS", 4)
+    cast.answer(1, request)
+    monkeypatch.setattr(node, "_MOST_PEERS", 3)
+    with pytest.raises(Refused, match="4 neighbours must be <= 3"):
+        cast.answer(1, request)
+
+
+def test_a_roster_that_comes_in_the_middle_of_a_round_makes_no_proof_of_nothing():
+    cast, unmask = at(Stage.UNMASK)
+    rules, state = with_rosters(NODES)[1], cast.states[1]
+    nothing = tuple(Token(node_id=n, token=b"") for n in (2, 3, 4, 5))
+    with pytest.raises(Refused, match="unconfirmed"):
+        node.acknowledge(state, AcknowledgeRequest(server_round=1, survivors=nothing), rules)
+    signed = dataclasses.replace(state, survivors=(2, 3, 4, 5))
+    made_up = SignedSurvivors(2, node_bytes(1), bytes(64))
+    with pytest.raises(Refused, match="unconfirmed"):
+        node.unmask(signed, dataclasses.replace(unmask, acknowledgements=(made_up,)), rules)
+
+
 def lies(graph, victim, threshold):
     """Tell each node which of its peers to call dropped, so that all neighbours of one fall.
 

@@ -244,6 +244,14 @@ def test_any_threshold_of_shares_gives_the_secret(threshold, count):
     assert all(len(share) == SHARE_BYTES for share in shares.values())
 
 
+def test_shares_lie_on_one_polynomial_however_many_coefficients_it_has():
+    threshold, count, secret = 70, 90, secure().random_bytes(32)
+    shares = dict(enumerate(split(secret, threshold=threshold, count=count, rng=secure()), 1))
+    for first in (1, 11, 21):
+        assert combine({x: shares[x] for x in range(first, first + threshold)}) == secret
+    assert all(len(share) == SHARE_BYTES for share in shares.values())
+
+
 def test_fewer_shares_fit_every_secret_equally():
     # For any other secret there is exactly one polynomial through it and the two shares.
     shares = split(bytes(32), threshold=3, count=5, rng=secure())

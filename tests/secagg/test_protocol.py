@@ -1,5 +1,6 @@
 """The masked sum is the plain integer sum whoever drops out when, or the round is abandoned."""
 
+import dataclasses
 import itertools
 import math
 
@@ -346,3 +347,23 @@ def test_a_node_sends_its_masked_vector_keys_and_shares_and_hardly_a_byte_more(c
     unmasking = peers * SHARE_BYTES
     assert sum(sent) <= 1.05 * (entries + keys_and_shares + unmasking)
     assert max(sent) <= 1.01 * entries
+
+
+def test_a_node_that_names_anothers_identity_drops_out_itself():
+    rules = with_rosters(SIX)
+    parts = vectors(SIX)
+    cast = Cast(parts, rules)
+    stage = Advertising(plan(SIX, rosters=True, threshold=2 / 3))
+    replies = cast.answer_all(stage)
+    victim, impostor = SIX[4], SIX[0]
+    for signature in (bytes(64), replies[victim].signature, b"short", bytes(5_000_000)):
+        stolen = dataclasses.replace(
+            replies[impostor], identity=rules[victim].identity.public, signature=signature
+        )
+        assert set(stage.receive(replies | {impostor: stolen}).keys) == set(SIX) - {impostor}
+    endless = dataclasses.replace(replies[impostor], identity=bytes(5_000_000))
+    following = stage.receive(replies | {impostor: endless})
+    while not isinstance(following, SecureSum):
+        following = following.receive(cast.answer_all(following))
+    assert following.survivors == SIX[1:]
+    np.testing.assert_array_equal(following.total, plain_sum(parts, SIX[1:]))

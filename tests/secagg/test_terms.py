@@ -79,3 +79,16 @@ def test_the_protocols_own_record_is_not():
     content = sent()
     content["secagg"] = ConfigRecord({"stage": 3})
     assert terms_of(content) == terms_of(sent())
+
+
+def test_the_order_of_records_and_of_settings_is_in_it():
+    # An app may take the first of several models.
+    before, content = terms_of(sent()), sent()
+    assert terms_of(RecordDict(dict(reversed(content.items())))) != before
+    content["config"] = ConfigRecord(dict(reversed(content["config"].items())))
+    assert terms_of(content) != before
+
+
+def test_the_function_that_is_asked_is_in_it():
+    assert terms_of(sent(), "train") == terms_of(sent())
+    assert terms_of(sent(), "train.warmup") != terms_of(sent())
