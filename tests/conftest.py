@@ -36,8 +36,13 @@ _UNTRACED = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start first what waits for other processes."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Start first what takes minutes, then what waits for other processes."""
+
+    def late(item: pytest.Item) -> tuple[bool, bool]:
+        marked = item.get_closest_marker
+        return marked("slowest") is None, marked("slow") is None
+
+    items.sort(key=late)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,7 +18,8 @@ from tests.support.secure_run import require_plain_sums
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+# All ways to drop out take four minutes, mostly of waiting, and the first test waits for them.
+pytestmark = [pytest.mark.slow, pytest.mark.slowest, pytest.mark.timeout(1600)]
 
 
 @pytest.fixture(scope="module")
