@@ -79,4 +79,8 @@ class LedgerTerms:
         for field in _FIELDS:
             theirs, ours = getattr(found, field), getattr(self, field)
             if theirs != ours:
-                raise LedgerError(f"{name} has {field}={theirs!r}, it was opened for {ours!r}")
+                begun, asked = (str(it) if isinstance(it, str) else it for it in (theirs, ours))
+                raise LedgerError(
+                    f"{name} was begun with {field}={begun!r}, and is to go on with {asked!r}: use "
+                    "the same, or give other data a ledger of its own"
+                )

@@ -61,7 +61,11 @@ class PrivacyRequest:
         ValueError
             Naming the argument, its value and the bound.
         """
-        checks.instance(Sampling, sampling=sampling)
+        if not isinstance(sampling, Sampling):
+            raise ValueError(
+                f"sampling={sampling!r} must be PoissonSampling(expected_cohort, population), "
+                "EveryoneSampling(population) or another Sampling"
+            )
         if budget is not None:
             checks.instance(PrivacyBudget, budget=budget)
         population = sampling.population

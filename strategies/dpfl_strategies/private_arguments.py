@@ -43,10 +43,17 @@ def check_arguments(
 ) -> None:
     """Raise ValueError, naming it, for an argument of another type, out of range, or misplaced."""
     none = type(None)
-    checks.instance(ClippingPolicy, clipping=clipping)
+    if not isinstance(clipping, ClippingPolicy):
+        raise ValueError(
+            f"clipping={clipping!r} must be FixedClipping(...), AdaptiveClipping(...) or a "
+            "ClippingPolicy of your own"
+        )
     checks.instance(ServerOptimizer, none, server_optimizer=server_optimizer)
     checks.instance(Weighting, none, weighting=weighting)
-    checks.instance(SecureAggregation, none, secure_aggregation=secure_aggregation)
+    if not isinstance(secure_aggregation, SecureAggregation | None):
+        raise ValueError(
+            f"secure_aggregation={secure_aggregation!r} must be SecAggPlus(...), CKKS(...) or None"
+        )
     checks.instance(str, Path, none, ledger=ledger, checkpoint_dir=checkpoint_dir)
     checks.name(dataset=dataset)
     if give_up_after is not None:

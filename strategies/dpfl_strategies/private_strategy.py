@@ -5,6 +5,7 @@ the ledger, add the noise, and hand the noisy mean to the server optimizer (DP-F
 al., arXiv 1710.06963). Clip norm and divisor are public constants or released values.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,8 @@ from dpfl_strategies.round_loop import EvaluateFn, LoopHooks, completed, hand_ov
 from dpfl_strategies.run_files import RunFiles
 from dpfl_strategies.server_optimizers import FedAvg, ServerOptimizer, State
 from dpfl_strategies.weighting import UniformWeighting, Weighting
+
+log = logging.getLogger("flwr.dpfl")
 
 
 class PrivateStrategy(Strategy, ABC):
@@ -327,6 +330,7 @@ class PrivateStrategy(Strategy, ABC):
 
         ``start`` calls it. Call it yourself only for a loop of your own, and ``close`` after.
         """
+        self._try_weigh()
         run = self._rounds.begin(
             lambda: model_of(initial_arrays, self._federated_dropout), num_rounds, self.settings
         )
@@ -429,7 +433,31 @@ class PrivateStrategy(Strategy, ABC):
         self, model: NDArray[np.float64], mean_update: NDArray[np.float64], server_round: int
     ) -> tuple[NDArray[np.float64], State]:
         stepped = self.apply_noisy_mean(model, mean_update, server_round)
+        found = getattr(stepped, "shape", None)
+        if found != model.shape:
+            what = type(stepped).__name__ if found is None else f"shape {found}"
+            raise TypeError(
+                f"{type(self).__name__}.apply_noisy_mean returned {what}, must be a float64 array "
+                f"of shape {model.shape}, the next model"
+            )
+        if not np.all(np.isfinite(stepped)):
+            log.warning("The model of round %d is not finite: training has failed", server_round)
         return stepped, self.optimizer_state
+
+    def _try_weigh(self) -> None:
+        """Let a mistake in `weigh` end the run before anything is charged, not every unit's round.
+
+        Raises
+        ------
+        ValueError
+            For a weight out of range; or whatever `weigh` raises.
+        """
+        weight = self.weigh(1.0)
+        if not 0 <= weight <= 1:
+            raise ValueError(
+                f"{type(self).__name__}.weigh(1.0)={weight!r} must be in [0, 1]: scale by a public "
+                "constant, as NumExamplesWeighting(w_max) does"
+            )
 
     def _complete(self, result: PrivateResult, grid: Grid) -> None:
         """Say what it cost, and leave the last released model where the run's files go."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flwr.serverapp import Grid
 
 from dpfl_flower import checks
+from dpfl_flower.simulation.local_grid import LocalGrid
 
 log = logging.getLogger("flwr.dpfl")
 
@@ -69,6 +70,12 @@ class Registry:
                 # into a replacement, which moves the sum twice as far. A sampling whose price
                 # depends on the population refuses a larger registry itself.
                 return tuple(connected)
+            if isinstance(grid, LocalGrid):
+                raise PopulationNotReached(
+                    f"{len(connected)} nodes are there and none can join a run in this process: "
+                    f"population={self._population} must be. num_supernodes= says how many there "
+                    "are; for `dpfl run`, --num-supernodes or [tool.dpfl] in pyproject.toml"
+                )
             if time.monotonic() >= deadline:
                 raise PopulationNotReached(
                     f"{len(connected)} nodes connected within wait_seconds={self._wait_seconds:g}, "

@@ -93,6 +93,8 @@ class RunReport:
             log.warning("\t├──> The noise is seeded: it protects nobody, no epsilon is reported")
         if metrics:
             log.warning("\t├──> Client metrics are let through: NOT PRIVATE")
+        else:
+            log.info("\t├──> No node is asked to evaluate: evaluate_fn= of start() does so here")
         budget = request.budget if run is None else run.ledger.budget
         log.info("\t└──> Budget: %s", budget or "none")
 

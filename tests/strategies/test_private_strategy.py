@@ -24,8 +24,10 @@ from dpfl_flower.clipping import AdaptiveClipping, FixedClipping
 from dpfl_strategies import (
     AllClientsFailed,
     CheckpointError,
+    DistributedDPFedAvg,
     DPFedAvg,
     FedAvgM,
+    LocalDPFedAvg,
     NumExamplesWeighting,
     PopulationNotReached,
     PrivateStrategy,
@@ -227,7 +229,7 @@ def test_two_models_on_one_data_set_share_its_budget(tmp_path):
 def test_the_ledger_of_another_data_set_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
     strategy(ledger=path, dataset="a").start(RecordingGrid(adding(0.0), NODES), model(), 1)
-    with pytest.raises(LedgerError, match="'b'"):
+    with pytest.raises(LedgerError, match=r"begun with dataset='a', .* go on with 'b'"):
         strategy(ledger=path, dataset="b").start(RecordingGrid(adding(0.0), NODES), model(), 1)
 
 
@@ -512,6 +514,68 @@ def test_the_private_pipeline_cannot_be_overridden_by_accident():
     for name in PrivateStrategy._PIPELINE:
         with pytest.raises(TypeError, match=name):
             type("Mine", (DPFedAvg,), {name: lambda self: None})
+
+
+@pytest.mark.parametrize("base", [DistributedDPFedAvg, LocalDPFedAvg])
+def test_what_other_strategies_would_not_call_cannot_be_overridden_either(base):
+    for name in ("weigh", "apply_noisy_mean", "configure_train", "aggregate_train", "start"):
+        with pytest.raises(TypeError, match=f"Mine.{name}.*server_optimizer="):
+            type("Mine", (base,), {name: lambda self: None})
+    assert issubclass(type("Mine", (base,), {"more": 1}), base)
+
+
+@pytest.mark.parametrize(
+    ("weigh", "error"),
+    [(lambda n: n + 1, ValueError), (lambda n: undefined + n, NameError)],  # noqa: F821
+)
+def test_a_mistake_in_weigh_is_told_before_anything_is_charged(weigh, error, tmp_path):
+    mistaken = type("Mistaken", (DPFedAvg,), {"weigh": lambda self, n: weigh(n)})
+    it = mistaken(
+        noise_multiplier=1.0,
+        sampling=EveryoneSampling(NODES),
+        clipping=FixedClipping(1.0),
+        ledger=tmp_path / "ledger",
+    )
+    with pytest.raises(error, match=r"weigh\(1.0\)|undefined"):
+        it.start(RecordingGrid(adding(0.2), NODES), model(), num_rounds=1)
+    assert not (tmp_path / "ledger").exists()
+
+
+@pytest.mark.parametrize(
+    ("stepped", "said"),
+    [(None, "returned NoneType"), (np.zeros(3), r"returned shape \(3,\).*of shape \(\d+,\)")],
+)
+def test_an_applied_mean_that_is_no_model_is_named(stepped, said):
+    class Wrong(DPFedAvg):
+        def apply_noisy_mean(self, model, mean_update, server_round):
+            return stepped
+
+    it = Wrong(noise_multiplier=1.0, sampling=EveryoneSampling(NODES), clipping=FixedClipping(1.0))
+    with pytest.raises(TypeError, match=f"Wrong.apply_noisy_mean {said}"):
+        it.start(RecordingGrid(adding(0.2), NODES), model(), num_rounds=1)
+
+
+def test_a_model_that_is_no_longer_finite_is_warned_of(caplog):
+    class Lost(DPFedAvg):
+        def apply_noisy_mean(self, model, mean_update, server_round):
+            return model * np.nan
+
+    it = Lost(noise_multiplier=1.0, sampling=EveryoneSampling(NODES), clipping=FixedClipping(1.0))
+    it.start(RecordingGrid(adding(0.2), NODES), model(), num_rounds=1)
+    assert "The model of round 1 is not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clipping": 0.5}, "FixedClipping"),
+        ({"sampling": 4}, r"PoissonSampling\(expected_cohort, population\)"),
+        ({"secure_aggregation": True}, "SecAggPlus"),
+    ],
+)
+def test_an_argument_of_another_kind_is_told_what_to_be(changes, said):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* must be .*{said}"):
+        strategy(**changes)
 
 
 def test_a_subclass_may_say_how_the_noisy_mean_is_applied():

@@ -1,5 +1,7 @@
 import pytest
+from flwr.clientapp import ClientApp
 
+from dpfl_flower.simulation import InProcessGrid
 from dpfl_strategies.registry import PopulationNotReached, Registry
 
 
@@ -33,3 +35,13 @@ def test_nobody_is_left_out_for_another():
 def test_waiting_ends_with_an_error_that_names_both_numbers():
     with pytest.raises(PopulationNotReached, match=r"2 nodes connected.*population=3"):
         Registry(3, wait_seconds=0).node_ids(GrowingGrid(2))
+
+
+def test_nobody_is_waited_for_where_nobody_can_join():
+    def never(seconds):
+        raise AssertionError
+
+    with InProcessGrid(ClientApp(), num_supernodes=2) as grid:
+        assert len(Registry(2, sleep=never).node_ids(grid)) == 2
+        with pytest.raises(PopulationNotReached, match=r"2 nodes.*population=3.*num_supernodes="):
+            Registry(3, sleep=never).node_ids(grid)

@@ -319,7 +319,7 @@ class OwnWeigh(DPFedAvg):
         ),
         ({"weighting": HalfWeighting()}, "nodes weigh themselves"),
         ({"secure_aggregation": SecAggPlus(max_cohort=NODES - 1)}, "max_cohort=5 must be >= 6"),
-        ({"secure_aggregation": True}, "secure_aggregation=True must be a SecureAggregation"),
+        ({"secure_aggregation": True}, "secure_aggregation=True must be SecAggPlus"),
         ({"secure_aggregation": SecAggPlus(max_cohort=2**37)}, "max_cohort=137438953472 is too"),
         ({"secure_aggregation": SecAggPlus(min_cohort=7)}, "min_cohort=7"),
         ({"secure_aggregation": SecAggPlus(threshold=6)}, "threshold=6 must be < 6, the nodes"),
