@@ -11,10 +11,9 @@ them, leave with a privacy claim beside the vector.
 True
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self, cast, final
 
 import numpy as np
@@ -105,7 +104,7 @@ class UpdateRequest(SumBound):
                 f"metrics={self.metrics.names!r} must be {self.grid.num_metrics}, the grid's"
             )
         BoundedSum(
-            dataclasses.replace(self.grid, dimension=1),
+            replace(self.grid, dimension=1),
             clip_norm=self.clip_norm,
             dither_seed=self.dither_seed,
         )  # checks clip norm and seed, at no cost

@@ -7,7 +7,7 @@ Kairouz, Liu, Steinke, arXiv 2102.06387 (discrete Gaussian); Agarwal, Kairouz, L
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -29,6 +29,7 @@ from dpfl_strategies.distributed_report import DistributedReport
 from dpfl_strategies.distributed_run import DistributedRun, DistributedSettings
 from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.nobody_evaluates import NobodyEvaluates
+from dpfl_strategies.overrides import NOISE_BY_NODES, refuse_overrides
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
@@ -114,6 +115,15 @@ class DistributedDPFedAvg(NobodyEvaluates):
     ...     secure_aggregation=SecAggPlus(min_cohort=3),
     ... )
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(
+            cls,
+            DistributedDPFedAvg,
+            NOISE_BY_NODES,
+            "server_optimizer= is what becomes of the noisy mean",
+        )
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import logging
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -30,6 +30,7 @@ from dpfl_strategies.local_round import OpenRound, masked_round
 from dpfl_strategies.messages import Arrays, from_record, to_record
 from dpfl_strategies.nobody_evaluates import NobodyEvaluates
 from dpfl_strategies.node_privacy import NodePrivacyReport
+from dpfl_strategies.overrides import NOISE_BY_NODES, refuse_overrides
 from dpfl_strategies.registry import Registry
 from dpfl_strategies.result import PrivateResult, Stopped
 from dpfl_strategies.round_loop import (
@@ -118,6 +119,15 @@ class LocalDPFedAvg(NobodyEvaluates):
     ...     num_nodes=1000,
     ... )
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(
+            cls,
+            LocalDPFedAvg,
+            NOISE_BY_NODES,
+            "server_optimizer= is what becomes of the noisy mean",
+        )
 
     def __init__(
         self,

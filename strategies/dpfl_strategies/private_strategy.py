@@ -27,6 +27,7 @@ from dpfl_flower.secagg import SecureAggregation
 from dpfl_strategies.client_metrics import AggregateMetrics, ClientMetrics, MetricsGate
 from dpfl_strategies.messages import to_messages, to_record
 from dpfl_strategies.noised_metrics import NoisedMetrics
+from dpfl_strategies.overrides import refuse_overrides
 from dpfl_strategies.privacy_request import PrivacyRequest
 from dpfl_strategies.private_arguments import check_arguments, gathering_for, model_of, rounding_for
 from dpfl_strategies.private_rounds import PrivateRounds
@@ -132,12 +133,12 @@ class PrivateStrategy(Strategy, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in PrivateStrategy._PIPELINE:
-            if getattr(cls, name) is not getattr(PrivateStrategy, name):
-                raise TypeError(
-                    f"{cls.__name__}.{name} belongs to the private pipeline and cannot be "
-                    "overridden; subclass weigh or apply_noisy_mean, or hand in a Sampling"
-                )
+        refuse_overrides(
+            cls,
+            PrivateStrategy,
+            PrivateStrategy._PIPELINE,
+            "subclass weigh or apply_noisy_mean, or hand in a Sampling",
+        )
         if "weigh" in vars(cls) and "weighs_by_weighting" not in vars(cls):
             cls.weighs_by_weighting = False
 

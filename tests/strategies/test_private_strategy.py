@@ -521,6 +521,9 @@ def test_what_other_strategies_would_not_call_cannot_be_overridden_either(base):
     for name in ("weigh", "apply_noisy_mean", "configure_train", "aggregate_train", "start"):
         with pytest.raises(TypeError, match=f"Mine.{name}.*server_optimizer="):
             type("Mine", (base,), {name: lambda self: None})
+        mixin = type("Mixin", (), {name: lambda self: None})
+        with pytest.raises(TypeError, match=f"Mine.{name}"):
+            type("Mine", (mixin, base), {})
     assert issubclass(type("Mine", (base,), {"more": 1}), base)
 
 
